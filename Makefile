@@ -1,0 +1,31 @@
+# `make train` and `make test` need Python ≥ 3.10 and make; the rest is installed into .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test lint accuracy clean
+
+train: $(VENV)/installed
+	$(RUN) -m benchmarks.train $(ARGS)
+
+# The same tests twice: as they are, then with the real kernels in Triton's interpreter.
+test: lint
+	$(RUN) -m pytest -n auto $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Measures the gradient errors and rewrites the README's table and figures from them.
+accuracy: $(VENV)/installed
+	$(RUN) -m benchmarks.accuracy $(ARGS)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,29 @@
+"""Sigmoid for PyTorch with the exact gradient, in Triton GPU kernels, with every autograd mode torch has."""
+
+import pathlib as _pathlib
+
+# An installed package contains kernels/; in a checkout it stands beside the package, at the root.
+if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_pathlib.Path(__file__).parent.parent))
+
+from . import functional, nn
+from .autograd import SigmoidFunction
+from .functional import Path, path, sigmoid, sigmoid_
+from .nn import Sigmoid
+from .swap import intercept, replace, restore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Path",
+    "Sigmoid",
+    "SigmoidFunction",
+    "functional",
+    "intercept",
+    "nn",
+    "path",
+    "replace",
+    "restore",
+    "sigmoid",
+    "sigmoid_",
+]

@@ -1,0 +1,139 @@
+"""The gradient of sigmoid: what is saved, and the derivative of each derivative.
+
+    σ = σ(x)                            SigmoidFunction            saves σ ("output") or x ("input"), and nothing else
+    grad_input = grad_output·σ'         SigmoidBackwardFunction    saves grad_output and the same tensor
+
+From σ, σ' = σ(1-σ) and ∂σ'/∂σ = 1-2σ: no memory beyond the output, and the precision of the rounded σ. From x,
+σ' = σ(-|x|)(1-σ(-|x|)) and ∂σ'/∂x = -σ'·tanh(x/2): exact in both tails, at the cost of keeping x alive.
+The second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import ops
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def _batch_first(info, in_dims, *tensors):
+    """Each tensor with its batch dimension first, expanded (not copied) where it has none."""
+    return tuple(
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims)
+    )
+
+
+class SigmoidFunction(Function):
+    """`SigmoidFunction.apply(input, save="output")`: σ(x) with the gradient that `save` promises.
+
+    Saves σ for save="output", x for save="input". `torch_sigmoid.sigmoid` is the validated way to call it.
+    """
+
+    @staticmethod
+    def forward(input, save="output"):
+        return ops.sigmoid_forward(input)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.save = inputs
+        saved = output if ctx.save == "output" else input
+        ctx.save_for_backward(saved)
+        ctx.save_for_forward(saved)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (saved,) = ctx.saved_tensors
+        return sigmoid_backward(grad_output, saved, ctx.save), None
+
+    @staticmethod
+    def jvp(ctx, input_tangent, _):
+        (saved,) = ctx.saved_tensors
+        return sigmoid_backward(input_tangent, saved, ctx.save)
+
+    @staticmethod
+    def vmap(info, in_dims, input, save):
+        return SigmoidFunction.apply(input, save), in_dims[0]
+
+
+class SigmoidBackwardFunction(Function):
+    """grad_output·σ' as a differentiable function of grad_output and of what was saved."""
+
+    @staticmethod
+    def forward(grad_output, saved, save):
+        return ops.sigmoid_backward(grad_output, saved, save)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.save = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_grad_input):
+        grad_output, saved = ctx.saved_tensors
+        needs_grad_output, needs_saved, _ = ctx.needs_input_grad
+        if needs_grad_output and needs_saved and not _differentiable_again():
+            return *ops.sigmoid_double_backward(grad_grad_input, grad_output, saved, ctx.save), None
+        return (
+            sigmoid_backward(grad_grad_input, saved, ctx.save) if needs_grad_output else None,
+            _curvature(grad_grad_input, grad_output, saved, ctx.save) if needs_saved else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, saved_tangent, _):
+        grad_output, saved = ctx.saved_tensors
+        return sigmoid_backward(grad_output_tangent, saved, ctx.save) + _curvature(saved_tangent, grad_output, saved, ctx.save)
+
+    @staticmethod
+    def vmap(info, in_dims, grad_output, saved, save):
+        return SigmoidBackwardFunction.apply(*_batch_first(info, in_dims, grad_output, saved), save), 0
+
+
+class SigmoidInplaceFunction(Function):
+    """σ(x) written over x; saves σ, which is then the same tensor. torch's operator writes: N1 makes the values equal."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.mark_dirty(input)
+        output = input.sigmoid_()
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (output,) = ctx.saved_tensors
+        return sigmoid_backward(grad_output, output, "output")
+
+
+# Function.apply binds arguments and looks for transforms in Python, 12 µs a call; below it is the C++ entry.
+_apply_sigmoid = super(Function, SigmoidFunction).apply
+
+
+def apply_sigmoid(input: Tensor, save: str) -> Tensor:
+    """SigmoidFunction.apply, by the short way unless functorch must see the call."""
+    return SigmoidFunction.apply(input, save) if _transforms_active() else _apply_sigmoid(input, save)
+
+
+def _differentiable_again() -> bool:
+    """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_active()
+
+
+def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
+    """grad_output·σ', differentiable where that is asked for."""
+    if _differentiable_again():
+        return SigmoidBackwardFunction.apply(grad_output, saved, save)
+    return ops.sigmoid_backward(grad_output, saved, save)
+
+
+def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
+    """grad_grad_input·grad_output·∂σ'/∂saved, differentiable."""
+    return ops.curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward)
+
+
+def needs_function(input: Tensor) -> bool:
+    """Whether σ(input) must be recorded: a gradient is wanted, or a dual level or a functorch transform is active."""
+    return (input.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or _transforms_active()

@@ -1,0 +1,155 @@
+"""The public functions: validation, and the choice of path.
+
+A call takes one of three paths, chosen in `path`:
+
+triton   a float tensor on a device Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted
+traced   under torch.compile, torch.export and torch.jit.trace: torch operators with our numerics, for Inductor to fuse
+torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from . import autograd, ops
+
+__all__ = ["Path", "path", "sigmoid", "sigmoid_"]
+
+SAVE_MODES = ("output", "input")
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Path(NamedTuple):
+    """The path a call takes, and why."""
+
+    name: str
+    reason: str
+
+
+_TRITON = Path("triton", "a float tensor on a device Triton drives")
+_INTERPRETED = Path("triton", "TRITON_INTERPRET=1: the kernels run in Triton's interpreter")
+_TRACED = Path("traced", "under torch.compile, torch.export or torch.jit.trace: torch operators, which the compiler fuses")
+
+
+def path(input: Tensor) -> Path:
+    """Which path `sigmoid(input)` takes, and why.
+
+    Args:
+        input: the tensor that would be passed.
+
+    Returns:
+        `Path(name, reason)` with the name "triton", "traced" or "torch".
+    """
+    if input.dtype not in _FLOAT_DTYPES:
+        return Path("torch", f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
+    if input.layout is not torch.strided or input.is_nested:
+        return Path("torch", "sparse and nested tensors are torch's own")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _TRACED
+    if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
+        return Path("torch", f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
+    refusal = ops.kernels_refusal(input.device)
+    if refusal is not None:
+        return Path("torch", refusal)
+    return _INTERPRETED if ops.kernels.INTERPRETED else _TRITON
+
+
+def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
+    """Whether torch's own sigmoid has the gradient that `save` promises.
+
+    It saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
+    """
+    if input.dtype not in _FLOAT_DTYPES or input.layout is not torch.strided or input.is_nested:
+        return True
+    if save == "input":
+        return False
+    return input.dtype.itemsize > 2 or (input.dtype is torch.bfloat16 and input.device.type == "cpu")
+
+
+def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -> Tensor:
+    r"""σ(x) = 1 / (1 + e^-x), element by element, with an exact gradient in every dtype.
+
+    The gradient is grad·σ·(1-σ), computed in fp32 (fp64 for fp64) and rounded once. From a σ that has itself been rounded,
+    1-σ loses its digits as x grows: in bf16 it is 0 from x = 6.25 on. save="input" keeps x in place of σ and computes
+    grad·σ(-|x|)·(1-σ(-|x|)), which is the same function (σ' is even) and loses nothing in either tail.
+
+    Args:
+        input: a tensor of any shape, layout and dtype that torch.sigmoid takes. Float tensors keep their dtype, integers and
+            bool give the default dtype. fp64, fp32, fp16 and bf16 have kernels; the rest is torch's own.
+        save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x: the
+            gradient is within 1 ulp of the true derivative in 16 bit (4 ulp in fp32), and x stays alive until backward.
+            Integer, complex, sparse and nested tensors have torch's own gradient under both.
+        out: a tensor for the result, of its dtype and device; not differentiable, as in torch.
+
+    Returns:
+        A tensor of input's shape and memory format; on a GPU bit for bit what torch.sigmoid gives there.
+
+    Raises:
+        TypeError: `input` or `out` is not a tensor.
+        ValueError: `save` is neither "output" nor "input"; `out` has another dtype or device than the result.
+        RuntimeError: `out` is given where a gradient is wanted.
+    """
+    if not isinstance(input, Tensor):
+        if has_torch_function_unary(input):
+            return handle_torch_function(sigmoid, (input,), input, save=save, out=out)
+        raise TypeError(f"sigmoid(): input must be a torch.Tensor, got {type(input).__name__}")
+    check_save(save)
+    if out is not None:
+        return _sigmoid_out(input, out)
+    chosen = path(input).name
+    if chosen == "traced":
+        # From the output, Inductor computes torch's own gradient as we do: in fp32, rounded once.
+        return ops.sigmoid_for_tracing(input) if save == "input" else torch.sigmoid(input)
+    if chosen == "torch" and _torch_gradient_suffices(input, save):
+        return torch.sigmoid(input)
+    if autograd.needs_function(input):
+        return autograd.apply_sigmoid(input, save)
+    return ops.sigmoid_forward(input)
+
+
+def sigmoid_(input: Tensor) -> Tensor:
+    """σ(x) written over `input`, which is returned. Saves σ, the same tensor, for backward: no extra memory.
+
+    A view that takes part in a gradient is computed out of place and copied back, as torch's rules on views demand.
+
+    Args:
+        input: a floating or complex tensor of any shape and layout.
+
+    Raises:
+        TypeError: `input` is not a tensor.
+        RuntimeError: `input` is a leaf that requires grad, of an integer dtype, or a view that torch forbids to modify; it
+            is unchanged then.
+    """
+    if not isinstance(input, Tensor):
+        if has_torch_function_unary(input):
+            return handle_torch_function(sigmoid_, (input,), input)
+        raise TypeError(f"sigmoid_(): input must be a torch.Tensor, got {type(input).__name__}")
+    needs_grad = input.requires_grad and torch.is_grad_enabled()
+    if needs_grad and input.is_leaf:
+        raise RuntimeError(
+            "sigmoid_(): input is a leaf tensor that requires grad, whose value its gradient refers to; "
+            "expected a tensor computed from it, or a call under torch.no_grad()"
+        )
+    if not autograd.needs_function(input) or _torch_gradient_suffices(input, "output"):
+        return torch.sigmoid_(input)
+    if needs_grad and not input._is_view() and path(input).name == "triton" and ops.has_plain_storage(input):
+        return autograd.SigmoidInplaceFunction.apply(input)
+    return input.copy_(sigmoid(input))
+
+
+def check_save(save: str) -> None:
+    """A ValueError unless `save` is one of SAVE_MODES."""
+    if save not in SAVE_MODES:
+        raise ValueError(f'save must be "output" or "input", got {save!r}')
+
+
+def _sigmoid_out(input: Tensor, out: Tensor) -> Tensor:
+    """torch's own operator: its values are ours, there is no gradient, and it knows the rules of resizing and overlap."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"sigmoid(): out must be a torch.Tensor, got {type(out).__name__}")
+    dtype = input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.get_default_dtype()
+    if out.dtype is not dtype or out.device != input.device:
+        raise ValueError(f"sigmoid(): out must be {dtype} on {input.device}, as the result is, got {out.dtype} on {out.device}")
+    return torch.sigmoid(input, out=out)

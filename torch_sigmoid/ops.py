@@ -1,0 +1,128 @@
+"""The operators on values, without autograd: the Triton kernel where the tensors allow it, else the same formula in torch.
+
+The torch form is for every tensor without a kernel: on a CPU, on a device Triton does not drive, subclasses and DTensors,
+fake and functional tensors, batched gradients. Its arithmetic is the kernels': fp32 for 16-bit tensors, one rounding at the
+end. Each function takes `save`, which says what `saved` holds: "output" σ, "input" x.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+aten_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+
+# Triton's code generation for NVIDIA starts at Turing.
+MINIMUM_CAPABILITY = (7, 5)
+
+
+@cache
+def kernels_refusal(device: torch.device) -> str | None:
+    """Why the kernels do not run on `device`; None where they do."""
+    if kernels.UNAVAILABLE:
+        return kernels.UNAVAILABLE
+    if kernels.INTERPRETED and device.type in ("cpu", "cuda", "xpu"):
+        return None
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton has no kernels for device type {device.type!r}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return f"compute capability {capability} is below Triton's minimum of {MINIMUM_CAPABILITY}"
+    return None
+
+
+def _plain_key_sets() -> frozenset[int]:
+    """The dispatch keys of ordinary dense tensors, and of those made under inference_mode, of each device."""
+    key, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
+    plain = set()
+    for backend in ("CPU", "CUDA", "XPU"):
+        inference = key_set(getattr(key, backend)) | key_set(getattr(key, f"Autocast{backend}"))
+        plain.add(inference.raw_repr())
+        plain.add((inference | key_set(getattr(key, f"Autograd{backend}")) | key_set(key.ADInplaceOrView)).raw_repr())
+    return frozenset(plain)
+
+
+_PLAIN_KEY_SETS = _plain_key_sets()
+
+
+def has_plain_storage(tensor: Tensor) -> bool:
+    """Whether `data_ptr` and strides tell the values of `tensor`.
+
+    They do not for a functorch wrapper or a batched gradient, a subclass or fake tensor, a lazily negated or zero tensor:
+    each of these carries a dispatch key of its own.
+    """
+    return torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
+
+
+def _launchable(*tensors: Tensor) -> bool:
+    """Whether a kernel may run on these tensors: plain ones, on a device Triton drives, and no mode records operators."""
+    return (
+        kernels_refusal(tensors[0].device) is None
+        and all(has_plain_storage(tensor) for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() if tensor.dtype.itemsize == 2 else tensor for tensor in tensors)
+
+
+def sigmoid_forward(input: Tensor) -> Tensor:
+    """σ(x)."""
+    if _launchable(input):
+        return kernels.sigmoid_forward(input)
+    return torch.sigmoid(input)
+
+
+def sigmoid_for_tracing(input: Tensor) -> Tensor:
+    """σ(x), of which autograd itself derives every derivative from σ(-|x|), so that tracers need not know our Function.
+
+    The value is torch.sigmoid's. The gradient is that of σ(x) for x < 0 and of -σ(-x) for x ≥ 0, which differ from σ by a
+    constant and never round to 1; `where` in place of `abs` keeps every order right at x = 0.
+    """
+    (wide,) = _upcast(input)
+    negative = wide < 0
+    smaller = torch.sigmoid(torch.where(negative, wide, -wide))
+    gradient_only = smaller - smaller.detach()
+    value = torch.sigmoid(wide).detach()
+    return (value + torch.where(negative, gradient_only, -gradient_only)).to(input.dtype)
+
+
+def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
+    """grad_output·σ'."""
+    if _launchable(saved, grad_output):
+        return kernels.sigmoid_backward(grad_output, saved, from_input=save == "input")
+    return sigmoid_backward_formula(grad_output, saved, save)
+
+
+def sigmoid_backward_formula(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
+    """grad_output·σ' in torch operators: from the output grad·(1-σ)·σ, from the input the same with σ(-|x|) for σ."""
+    wide_grad, wide = _upcast(grad_output, saved)
+    sigma = wide if save == "output" else torch.sigmoid(-wide.abs())
+    return aten_sigmoid_backward(wide_grad, sigma).to(saved.dtype)
+
+
+def sigmoid_double_backward(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> tuple[Tensor, Tensor]:
+    """The gradients that reach `grad_output` and `saved` when `grad_grad_input` reaches their grad_output·σ'."""
+    if _launchable(saved, grad_output, grad_grad_input):
+        return kernels.sigmoid_double_backward(grad_grad_input, grad_output, saved, from_input=save == "input")
+    return (
+        sigmoid_backward_formula(grad_grad_input, saved, save),
+        curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward_formula),
+    )
+
+
+def curvature_formula(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str, backward) -> Tensor:
+    """grad_grad_input·grad_output·∂σ'/∂saved: 1 - 2σ from the output, σ" = -σ'·tanh(x/2) from the input.
+
+    `backward` is the sigmoid_backward to use; given a differentiable one, the result is differentiable.
+    """
+    outer, grad, wide = _upcast(grad_grad_input, grad_output, saved)
+    if save == "output":
+        result = outer * grad * (1 - 2 * wide)
+    else:
+        result = -backward(outer * grad, wide, save) * torch.tanh(wide / 2)
+    return result.to(saved.dtype)

@@ -1,0 +1,103 @@
+"""Put ours where torch's stands, in a model that already exists."""
+
+import warnings
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .functional import check_save, sigmoid, sigmoid_
+from .nn import Sigmoid
+
+__all__ = ["intercept", "replace", "restore"]
+
+
+def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
+    """Make each `torch.nn.Sigmoid` in `model` a `torch_sigmoid.Sigmoid`, in place.
+
+    The module objects stay the same and only change their class: names, hooks, training flag, sharing between parents and
+    references from outside are untouched, and `model` itself may be one. Subclasses of `torch.nn.Sigmoid` are left alone.
+    A second call changes the `save` of what the first has replaced.
+
+    Args:
+        model: any module.
+        save: as in `torch_sigmoid.Sigmoid`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `save` is neither "output" nor "input".
+    """
+    check_save(save)
+    for module in _modules(model, "replace"):
+        if type(module) is torch.nn.Sigmoid:
+            module.__class__ = Sigmoid
+            module._replaced = True
+            module.inplace = False
+        if getattr(module, "_replaced", False):
+            module.save = save
+    return model
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `replace`: the modules it changed are `torch.nn.Sigmoid` again. Returns `model`."""
+    for module in _modules(model, "restore"):
+        if type(module) is Sigmoid and module.__dict__.pop("_replaced", False):
+            del module.save, module.inplace
+            module.__class__ = torch.nn.Sigmoid
+    return model
+
+
+def _modules(model, caller):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{caller}(): model must be a torch.nn.Module, got {type(model).__name__}")
+    return model.modules()
+
+
+class intercept(TorchFunctionMode):
+    """A context under which torch's sigmoid is ours: `with torch_sigmoid.intercept(save="input"): loss = model(x)`.
+
+    It covers torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid and torch.nn.Sigmoid, and the
+    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`. Backward may run outside of it.
+
+    Under `torch.utils.checkpoint` or other saved-tensor hooks save="input" gives way to "output", with a warning: the
+    recomputation may run outside the context and would hand σ to a backward that expects x. `replace` has no such limit.
+
+    Args:
+        save: as in `torch_sigmoid.sigmoid`.
+
+    Raises:
+        ValueError: `save` is neither "output" nor "input".
+    """
+
+    def __init__(self, *, save: str = "output") -> None:
+        check_save(save)
+        super().__init__()
+        self.save = save
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _SIGMOIDS:
+            return sigmoid(*args, **kwargs, save=self._save_now())
+        if func in _SIGMOIDS_INPLACE:
+            return sigmoid_(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _save_now(self) -> str:
+        if torch.compiler.is_compiling() or self.save == "output":
+            return self.save
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            warnings.warn(
+                'intercept(save="input") saves the output under checkpointing and other saved-tensor hooks; '
+                "use torch_sigmoid.replace to save the input there",
+                stacklevel=4,
+            )
+            return "output"
+        return self.save
+
+
+_SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid)
+_SIGMOIDS_INPLACE = (torch.sigmoid_, Tensor.sigmoid_)
