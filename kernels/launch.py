@@ -64,8 +64,7 @@ def select_tile(
 def load_tile(pointer, row_stride, column_stride, tile):
     """The tile's values, upcast for arithmetic; an expanded tensor is read once a row."""
     rows, columns, row_mask, mask = tile
-    if row_stride is not None:
-        pointer += rows * row_stride
+    pointer += rows if row_stride is None else rows * row_stride
     if column_stride is None:
         values = tl.load(pointer, mask=row_mask)
     else:
@@ -77,8 +76,7 @@ def load_tile(pointer, row_stride, column_stride, tile):
 def store_tile(pointer, row_stride, column_stride, tile, values):
     """Rounds once, to the dtype behind the pointer."""
     rows, columns, _, mask = tile
-    if row_stride is not None:
-        pointer += rows * row_stride
+    pointer += rows if row_stride is None else rows * row_stride
     tl.store(pointer + columns * column_stride, values.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -175,17 +173,21 @@ def launch(kernel, inputs, outputs, **constants):
         for output, dense in zip(outputs, dense_outputs):
             output.copy_(dense)
         return
-    with _on_device_of(outputs[0]):
-        kernel[(chosen.programs,)](
+    _run(kernel, chosen, tensors, constants)
+
+
+def _run(kernel, plan, tensors, constants):
+    with _on_device_of(tensors[0]):
+        kernel[(plan.programs,)](
             *tensors,
-            *chosen.row_strides,
-            *chosen.column_strides,
-            chosen.n_rows,
-            chosen.n_columns,
+            *plan.row_strides,
+            *plan.column_strides,
+            plan.n_rows,
+            plan.n_columns,
             **constants,
-            BLOCK_ROWS=chosen.block_rows,
-            BLOCK_COLUMNS=chosen.block_columns,
-            USE_INT64=chosen.use_int64,
+            BLOCK_ROWS=plan.block_rows,
+            BLOCK_COLUMNS=plan.block_columns,
+            USE_INT64=plan.use_int64,
             num_warps=NUM_WARPS,
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
             enable_fp_fusion=True,

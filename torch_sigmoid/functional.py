@@ -3,7 +3,7 @@
 A call takes one of three paths, chosen in `path`:
 
 triton   a float tensor on a device Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted
-traced   under torch.compile, torch.export and torch.jit.trace: torch operators with our numerics, for Inductor to fuse
+traced   under torch.compile, export, jit.trace and functionalize: torch operators with our numerics, for a compiler to fuse
 torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
 """
 
@@ -30,7 +30,7 @@ class Path(NamedTuple):
 
 _TRITON = Path("triton", "a float tensor on a device Triton drives")
 _INTERPRETED = Path("triton", "TRITON_INTERPRET=1: the kernels run in Triton's interpreter")
-_TRACED = Path("traced", "under torch.compile, torch.export or torch.jit.trace: torch operators, which the compiler fuses")
+_TRACED = Path("traced", "a tracer listens (torch.compile, export, jit.trace, functionalize): torch operators, for it to fuse")
 
 
 def path(input: Tensor) -> Path:
@@ -41,14 +41,19 @@ def path(input: Tensor) -> Path:
 
     Returns:
         `Path(name, reason)` with the name "triton", "traced" or "torch".
+
+    Raises:
+        TypeError: `input` is not a tensor.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"path(): input must be a torch.Tensor, got {type(input).__name__}")
     if input.dtype not in _FLOAT_DTYPES:
         return Path("torch", f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
     if input.layout is not torch.strided or input.is_nested:
         return Path("torch", "sparse and nested tensors are torch's own")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if ops.only_torch_operators_are_recorded():
         return _TRACED
-    if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
+    if type(input) not in ops.PLAIN_TYPES:
         return Path("torch", f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
     refusal = ops.kernels_refusal(input.device)
     if refusal is not None:

@@ -16,6 +16,7 @@ aten_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 
 # Triton's code generation for NVIDIA starts at Turing.
 MINIMUM_CAPABILITY = (7, 5)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @cache
@@ -46,23 +47,33 @@ def _plain_key_sets() -> frozenset[int]:
 
 
 _PLAIN_KEY_SETS = _plain_key_sets()
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def has_plain_storage(tensor: Tensor) -> bool:
     """Whether `data_ptr` and strides tell the values of `tensor`.
 
     They do not for a functorch wrapper or a batched gradient, a subclass or fake tensor, a lazily negated or zero tensor:
-    each of these carries a dispatch key of its own.
+    each of these has a type or a dispatch key of its own.
     """
-    return torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
+    return type(tensor) in PLAIN_TYPES and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
 
 
 def _launchable(*tensors: Tensor) -> bool:
     """Whether a kernel may run on these tensors: plain ones, on a device Triton drives, and no mode records operators."""
     return (
-        kernels_refusal(tensors[0].device) is None
-        and all(has_plain_storage(tensor) for tensor in tensors)
+        all(has_plain_storage(tensor) for tensor in tensors)
+        and kernels_refusal(tensors[0].device) is None
         and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def only_torch_operators_are_recorded() -> bool:
+    """Whether a tracer listens that knows torch's operators but not a Function: compile, export, jit.trace, functionalize."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or any(level.key() == _FUNCTIONALIZE for level in torch._C._functorch.get_interpreter_stack() or ())
     )
 
 

@@ -1,5 +1,6 @@
 """Put ours where torch's stands, in a model that already exists."""
 
+import threading
 import warnings
 
 import torch
@@ -80,11 +81,13 @@ class intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _SIGMOIDS:
-            return sigmoid(*args, **kwargs, save=self._save_now())
-        if func in _SIGMOIDS_INPLACE:
-            return sigmoid_(*args, **kwargs)
-        return func(*args, **kwargs)
+        if _nesting.handled or func not in _SIGMOIDS + _SIGMOIDS_INPLACE:
+            return func(*args, **kwargs)
+        _nesting.handled = True
+        try:
+            return sigmoid(*args, **kwargs, save=self._save_now()) if func in _SIGMOIDS else sigmoid_(*args, **kwargs)
+        finally:
+            _nesting.handled = False
 
     def _save_now(self) -> str:
         if torch.compiler.is_compiling() or self.save == "output":
@@ -99,5 +102,12 @@ class intercept(TorchFunctionMode):
         return self.save
 
 
+class _Nesting(threading.local):
+    """Whether an inner `intercept` has taken the call, whose own torch.sigmoid an outer one must let through."""
+
+    handled = False
+
+
+_nesting = _Nesting()
 _SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid)
 _SIGMOIDS_INPLACE = (torch.sigmoid_, Tensor.sigmoid_)

@@ -1,0 +1,93 @@
+"""PyTorch's own test data for sigmoid (OpInfo) and for nn.Sigmoid (ModuleInfo), every sample, driven against ours."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import torch_sigmoid
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+pytest.importorskip("scipy", reason="torch.testing._internal needs it")
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+SIGMOID = next(info for info in op_db if info.name == "sigmoid")
+MODULE = next(info for info in module_db if info.module_cls is torch.nn.Sigmoid)
+# The fp32 and fp64 exponentials of a CPU, of Triton's interpreter and of a GPU differ in the last digits. bf16 truncates
+# in the interpreter.
+TOLERANCES = {
+    torch.float16: {"rtol": 1e-3, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 1e-30},
+    torch.float32: {"rtol": 1e-6, "atol": 1e-30},
+    torch.float64: {"rtol": 1e-14, "atol": 0.0},
+}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCES.get(expected.dtype, {"rtol": None, "atol": None}))
+
+
+def samples(device, dtype, requires_grad):
+    """The samples of the common tests, and those against references: extremal, large, strided, empty."""
+    yield from SIGMOID.sample_inputs(device, dtype, requires_grad=requires_grad)
+    yield from SIGMOID.reference_inputs(device, dtype, requires_grad=requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", sorted(SIGMOID.dtypes, key=str), ids=str)
+def test_every_operator_sample(dtype, device, save):
+    differentiable = dtype.is_floating_point or dtype.is_complex
+    count = 0
+    for sample in samples(device, dtype, differentiable):
+        count += 1
+        x = sample.input.detach().requires_grad_(differentiable)
+        assert not sample.args
+        assert not sample.kwargs
+        ours, theirs = torch_sigmoid.sigmoid(x, save=save), torch.sigmoid(x)
+        close(ours, theirs)
+        if differentiable:
+            upstream = torch.randn_like(theirs)
+            (actual,) = torch.autograd.grad(ours, x, upstream)
+            wide = dtype if dtype.is_complex else torch.float64
+            exact_x = x.detach().to(wide).requires_grad_()
+            (exact,) = torch.autograd.grad(torch.sigmoid(exact_x), exact_x, upstream.to(wide))
+            # From a rounded output, 1 - σ is off by an ulp of 1: an error relative to the upstream gradient.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(actual.to(wide), exact, equal_nan=True, rtol=4 * eps, atol=8 * eps)
+    assert count > 20
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_sample_through_the_in_place_form_and_the_module(dtype, device):
+    for sample in samples(device, dtype, False):
+        close(torch_sigmoid.Sigmoid()(sample.input), torch.sigmoid(sample.input))
+        close(torch_sigmoid.sigmoid_(sample.input.clone()), torch.sigmoid(sample.input))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradcheck_on_every_small_sample(device, save):
+    for sample in SIGMOID.sample_inputs(device, torch.float64, requires_grad=True):
+        if sample.input.numel() > 30:
+            continue
+
+        def function(x):
+            return torch_sigmoid.sigmoid(x, save=save)
+
+        assert gradcheck(function, (sample.input,), check_forward_ad=True, fast_mode=True)
+        assert gradgradcheck(function, (sample.input,), check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", sorted(MODULE.dtypes, key=str), ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_sample(training, dtype, device, save):
+    inputs = MODULE.module_inputs_func(MODULE, device=device, dtype=dtype, requires_grad=True, training=training)
+    assert inputs
+    for sample in inputs:
+        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+        ours, theirs = torch_sigmoid.Sigmoid(*arguments, save=save, **options), torch.nn.Sigmoid(*arguments, **options)
+        forward = sample.forward_input
+        actual = ours.train(training)(*forward.args, **forward.kwargs)
+        close(actual, theirs.train(training)(*forward.args, **forward.kwargs))
+        if sample.reference_fn is not None:
+            close(actual, sample.reference_fn(ours, *ours.parameters(), *forward.args, **forward.kwargs))

@@ -1,0 +1,188 @@
+"""torch.compile, torch.export, make_fx, fake tensors, torch.jit and fx."""
+
+import pytest
+import torch
+from reference import FROM_INPUT, derivative, gradient, random, ulp_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torch_sigmoid
+
+BACKENDS = ["eager", "aot_eager", "inductor"]
+# Deprecations inside torch and the compiler's own advice are not this package's.
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+@pytest.fixture
+def function(save):
+    return lambda x: torch_sigmoid.sigmoid(x, save=save)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(backend, dynamic, function, device):
+    compiled = torch.compile(lambda x: function(x * 2).sin(), backend=backend, dynamic=dynamic, fullgraph=True)
+    for shape in ((4, 5), (7, 3)):
+        x = random(shape, torch.float32, device)
+        torch.testing.assert_close(compiled(x), torch.sigmoid(x * 2).sin())
+        torch.testing.assert_close(gradient(compiled, x), gradient(lambda x: torch.sigmoid(x * 2).sin(), x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiled_gradients_are_exact_in_the_tails(dtype, device):
+    x = torch.tensor([-8.0, 0.0, 5.0, 6.5, 8.0, 9.0], dtype=dtype, device=device)
+    compiled = torch.compile(lambda x: torch_sigmoid.sigmoid(x, save="input"), fullgraph=True)
+    assert ulp_error(gradient(compiled, x), derivative(x.cpu())).max() <= FROM_INPUT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_gradients_from_the_output_are_those_of_eager(dtype, device):
+    x, grad = random((1000,), dtype, device), random((1000,), dtype, device, seed=1)
+    compiled = torch.compile(torch_sigmoid.sigmoid, fullgraph=True)
+    sigma = compiled(x)
+    exact = grad.cpu().double() * sigma.cpu().double() * (1 - sigma.cpu().double())
+    assert ulp_error(gradient(compiled, x, grad), exact).max() <= 0.5 + 1e-3
+
+
+def test_the_compiled_value_is_torchs(device):
+    x = torch.cat([random((1000,), torch.float32, device), torch.tensor([float("inf"), -float("inf"), -90.0], device=device)])
+    ours, torchs = (
+        torch.compile(f, fullgraph=True)(x) for f in (lambda x: torch_sigmoid.sigmoid(x, save="input"), torch.sigmoid)
+    )
+    assert torch.equal(ours, torchs)
+
+
+def test_every_order_of_the_traced_form(device):
+    """At x = 0 too, where a formula in |x| would have a third derivative of 0 in place of -1/8."""
+    x = torch.tensor([0.0, 1.0, -1.0, 20.0], dtype=torch.float64, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: torch_sigmoid.sigmoid(x, save="input"), backend="eager", fullgraph=True)
+    results, y = [], compiled(x)
+    for _ in range(3):
+        (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        results.append(y)
+    s, t = torch.sigmoid(x), torch.sigmoid(-x)
+    for actual, exact in zip(results, (s * t, s * t * (t - s), s * t * (1 - 6 * s * t))):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_transforms_inside_a_compiled_function(backend, device):
+    x = torch.tensor([8.0, -8.0, 0.5], dtype=torch.bfloat16, device=device)
+
+    def function(x):
+        return torch_sigmoid.sigmoid(x, save="input")
+
+    exact = derivative(x.cpu())
+    compiled = torch.compile(torch.vmap(torch.func.grad(function)), backend=backend, fullgraph=True)
+    assert ulp_error(compiled(x), exact).max() <= 1
+    pushed = torch.compile(lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1], backend=backend, fullgraph=True)(
+        x
+    )
+    assert ulp_error(pushed, exact).max() <= 2
+
+
+def test_compiled_module_and_intercept(save, device):
+    x = random((3, 4), torch.float32, device)
+    module = torch.compile(torch_sigmoid.Sigmoid(save=save), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(module, x), gradient(torch.sigmoid, x))
+    with torch_sigmoid.intercept(save=save):
+        compiled = torch.compile(lambda x: torch.sigmoid(x) * 2, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), torch.sigmoid(x) * 2)
+
+
+def test_compiled_in_place(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random((9,), dtype, device)
+        compiled = torch.compile(lambda x: torch_sigmoid.sigmoid_(x * 1), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(gradient(compiled, x), gradient(torch.sigmoid, x))
+
+
+def test_the_path_is_named_under_compile(device):
+    seen = []
+
+    def function(x):
+        seen.append(torch_sigmoid.path(x).name)
+        return x + 1
+
+    torch.compile(function, backend="eager")(torch.ones(2, device=device))
+    assert "traced" in seen
+
+
+class Network(torch.nn.Module):
+    def __init__(self, save):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch_sigmoid.Sigmoid(save=save))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict, save, device):
+    network, x = Network(save).to(device), random((2, 4), torch.float32, device)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(network, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict).module()
+    for rows in (2, 7):
+        x = random((rows, 4), torch.float32, device)
+        torch.testing.assert_close(exported(x), network(x))
+        torch.testing.assert_close(gradient(exported, x), gradient(network, x))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_gradient(mode, function, device):
+    """A kernel launched on a tensor that is being traced would leave its result as a constant in the graph."""
+    graph = make_fx(lambda x: gradient(function, x), tracing_mode=mode)(random((3,), torch.float32, device))
+    x = random((3,), torch.float32, device, seed=5)
+    torch.testing.assert_close(graph(x), gradient(torch.sigmoid, x))
+
+
+def test_fake_tensors(function, device):
+    with FakeTensorMode():
+        x = torch.empty(3, 4, device=device, requires_grad=True)
+        y = function(x)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == (3, 4)
+    assert type(x.grad).__name__ == "FakeTensor"
+
+
+def test_fake_gpu_tensors_on_a_machine_without_a_gpu(save):
+    """Forward only: torch itself aborts where a fake GPU tensor without a GPU requires grad."""
+    with FakeTensorMode():
+        y = torch_sigmoid.sigmoid(torch.empty(3, device="cuda", dtype=torch.bfloat16), save=save)
+    assert y.device.type == "cuda"
+
+
+def test_meta_tensors(function):
+    x = torch.empty(2, 3, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = function(x)
+    y.sum().backward()
+    assert y.is_meta
+    assert x.grad.is_meta
+
+
+def test_jit_trace_records_an_exact_gradient(save, device):
+    module = torch_sigmoid.Sigmoid(save=save)
+    traced = torch.jit.trace(module, random((3,), torch.float32, device))
+    x = random((5,), torch.float32, device)
+    torch.testing.assert_close(traced(x), torch.sigmoid(x))
+    torch.testing.assert_close(gradient(traced, x), gradient(torch.sigmoid, x))
+
+
+def test_jit_script(save, device):
+    scripted = torch.jit.script(torch.nn.Sequential(torch_sigmoid.Sigmoid(save=save)))
+    x = random((5,), torch.float32, device)
+    torch.testing.assert_close(scripted(x), torch.sigmoid(x))
+
+
+def test_fx_symbolic_trace_keeps_our_function(save, device):
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(torch_sigmoid.Sigmoid(save=save)))
+    assert any(node.target is torch_sigmoid.sigmoid for node in graph.graph.nodes)
+    x = random((5,), torch.float32, device)
+    torch.testing.assert_close(gradient(graph, x), gradient(torch.sigmoid, x))
