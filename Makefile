@@ -18,7 +18,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Measures the gradient errors and rewrites the README's table and figures from them.
+# Measures the gradient errors and rewrites the README's table and figures with them.
 accuracy: $(VENV)/installed
 	$(RUN) -m benchmarks.accuracy $(ARGS)
 

@@ -31,7 +31,7 @@ def sigmoid(x):
     """σ(x), bit for bit ATen's on the same GPU: `one / (one + std::exp(-x))` in ATen/native/cuda/UnarySpecialOpsKernel.cu.
 
     libdevice.exp is CUDA's own expf, whose last multiplication nvcc fuses with the addition; Triton does the same as long
-    as enable_fp_fusion is on. tl.exp and the approximate division would be off by up to 64 ulp.
+    as enable_fp_fusion is on. tl.exp and the approximate division have other digits.
     """
     if INTERPRETED:
         denominator = 1.0 + tl.exp(-x)
