@@ -205,7 +205,7 @@ def main(argv=None):
 
     table = Table(title=f"{arguments.dtype}, the same seed twice")
     for column in ("data", "layer", "held-out accuracy", "last epoch's loss", "largest loss difference"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     failures, differences = [], {}
     promised = arguments.dtype != "bfloat16" and arguments.save == "output" and not arguments.interpret
     for task, runs in plain:
@@ -225,7 +225,7 @@ def main(argv=None):
     if saturated:
         table = Table(title=f"bf16 autocast, every sigmoid unit started at a bias of +{SATURATING_BIAS:g}")
         for column in ("data", "layer", "first gradient's norm", "held-out accuracy", "last epoch's loss"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for task, runs in saturated:
             for name, run in runs.items():
                 table.add_row(task.name, name, f"{run.first_gradient:.3g}", f"{run.accuracy:.4f}", f"{run.losses[-1]:.5f}")

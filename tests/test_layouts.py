@@ -1,5 +1,8 @@
 """Any shape, stride, alignment and offset width: the same values, torch's memory format, and no copies."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -195,3 +198,22 @@ def test_results_do_not_change_from_run_to_run(dtype, device, save):
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     assert allowance(dtype, device) in (0.0, 0.5)
+
+
+def test_a_launch_is_made_on_the_tensors_device(monkeypatch):
+    """Triton launches on the current device: the guard must switch to the tensor's, and only where it is another."""
+    launch = pytest.importorskip("torch_sigmoid.kernels.launch")
+    entered = []
+
+    class Module:
+        current_device = staticmethod(lambda: 0)
+        device = staticmethod(lambda device: entered.append(device) or contextlib.nullcontext())
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    for index in (0, 1):
+        tensor = SimpleNamespace(device=torch.device("cuda", index), get_device=lambda index=index: index)
+        with launch._on_device_of(tensor):
+            pass
+    with launch._on_device_of(torch.empty(1)):
+        pass
+    assert entered == [torch.device("cuda", 1)]
