@@ -156,23 +156,20 @@ def _on_device_of(tensor):
 
 
 def launch(kernel, inputs, outputs, **constants):
-    """Run `kernel` over tensors of one shape on one device, writing `outputs`.
+    """Run `kernel` over tensors of one shape on one device, writing `outputs`: dense, and alike in their strides.
 
     The kernel takes the tensors, their row strides, their column strides, `n_rows`, `n_columns`, its own `constants`, and
     BLOCK_ROWS, BLOCK_COLUMNS and USE_INT64.
     """
-    shape = outputs[0].shape
     if outputs[0].numel() == 0:
         return
+    shape, strides = outputs[0].shape, outputs[0].stride()
     tensors = (*inputs, *outputs)
     chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
     if chosen is None:
-        dense_outputs = [torch.empty_like(output) for output in outputs]
-        dense_inputs = [torch.empty_like(dense_outputs[0], dtype=tensor.dtype).copy_(tensor) for tensor in inputs]
-        launch(kernel, dense_inputs, dense_outputs, **constants)
-        for output, dense in zip(outputs, dense_outputs):
-            output.copy_(dense)
-        return
+        in_output_layout = (torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor) for tensor in inputs)
+        tensors = (*in_output_layout, *outputs)
+        chosen = plan(shape, (strides,) * len(tensors))
     _run(kernel, chosen, tensors, constants)
 
 
