@@ -6,8 +6,9 @@ Importable everywhere. Where Triton cannot be used, `UNAVAILABLE` says why and t
 try:
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
-        raise ImportError(f"version {triton.__version__} has no tuples in kernels, 3.3 is the first that does")
+    # Before 3.6 a correctly rounded quotient is flushed to 0 where it is subnormal; before 3.3 kernels take no tuples.
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ImportError(f"version {triton.__version__} is older than 3.6")
 
     from .maths import INTERPRETED
     from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward

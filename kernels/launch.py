@@ -41,6 +41,7 @@ def select_tile(
     program = tl.program_id(0)
     if USE_INT64:
         program = program.to(tl.int64)
+        n_columns = n_columns.to(tl.int64)
     column_blocks = tl.cdiv(n_columns, BLOCK_COLUMNS)
     first_column = (program if n_rows is None else program % column_blocks) * BLOCK_COLUMNS
     n_body_columns = n_columns // TAIL_COLUMNS * TAIL_COLUMNS
@@ -119,7 +120,10 @@ def coalesce(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]):
 
 
 def tile_shape(n_rows: int, n_columns: int, transposed: bool) -> tuple[int, int]:
-    """Rows and columns of a tile: the widest that wastes at most an eighth of its lanes, square to read a transpose."""
+    """Rows and columns of a tile: the widest that wastes at most an eighth of its lanes, but no narrower than the tail.
+
+    A tile is square to read a transpose.
+    """
     large = INTERPRETED and n_rows * n_columns > INTERPRETED_TILE_ELEMENTS // 4
     elements = INTERPRETED_TILE_ELEMENTS if large else TILE_ELEMENTS
     if n_rows == 1:
@@ -167,8 +171,10 @@ def launch(kernel, inputs, outputs, **constants):
     tensors = (*inputs, *outputs)
     chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
     if chosen is None:
-        in_output_layout = (torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor) for tensor in inputs)
-        tensors = (*in_output_layout, *outputs)
+        tensors = tuple(
+            tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)
+            for tensor in tensors
+        )
         chosen = plan(shape, (strides,) * len(tensors))
     _run(kernel, chosen, tensors, constants)
 

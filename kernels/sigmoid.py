@@ -112,14 +112,14 @@ def sigmoid_forward(x):
 
 
 def sigmoid_backward(grad_output, saved, from_input):
-    """grad_output·σ' in the dtype and memory format of `saved`."""
-    grad_input = torch.empty_like(saved)
+    """grad_output·σ' in the dtype of `grad_output` and the memory format of `saved`."""
+    grad_input = torch.empty_like(saved, dtype=grad_output.dtype)
     launch(sigmoid_backward_kernel, (grad_output, saved), (grad_input,), FROM_INPUT=from_input)
     return grad_input
 
 
 def sigmoid_double_backward(grad_grad_input, grad_output, saved, from_input):
-    """The gradients that reach `grad_output` and `saved`, in the dtype and memory format of `saved`."""
-    outputs = torch.empty_like(saved), torch.empty_like(saved)
+    """The gradients that reach `grad_output` and `saved`, in their dtypes and the memory format of `saved`."""
+    outputs = torch.empty_like(saved, dtype=grad_output.dtype), torch.empty_like(saved)
     launch(sigmoid_double_backward_kernel, (grad_grad_input, grad_output, saved), outputs, FROM_INPUT=from_input)
     return outputs

@@ -1,6 +1,7 @@
 """Every autograd mode torch's own sigmoid has, by name."""
 
 import gc
+import itertools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -177,6 +178,31 @@ def test_func_third_derivative(function, x):
     torch.testing.assert_close(torch.vmap(third)(flat), derivatives(flat)[2], rtol=1e-12, atol=1e-15)
 
 
+def derivative_by(modes, function, x):
+    """The derivative of order len(modes) of an element-wise function, each order by torch.func.jvp or torch.func.grad."""
+    for mode in reversed(modes):
+        if mode == "jvp":
+            function = lambda x, f=function: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]  # noqa: E731
+        else:
+            function = torch.func.grad(lambda x, f=function: f(x).sum())
+    return function(x)
+
+
+@pytest.mark.parametrize("modes", [m for n in (2, 3, 4) for m in itertools.product(["jvp", "grad"], repeat=n)], ids="-".join)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_mixture_of_forward_and_reverse_mode(modes, function, device):
+    """torch runs a Function's jvp with forward mode off, which loses tangents of nested levels: a silent 0."""
+    x = torch.tensor([0.7, -1.3], dtype=torch.float64, device=device)
+    torch.testing.assert_close(
+        derivative_by(modes, function, x), derivative_by(modes, torch.sigmoid, x), rtol=1e-10, atol=1e-14
+    )
+
+
+def test_the_function_itself_refuses_nested_forward_mode(x):
+    with pytest.raises(RuntimeError, match=r"call torch_sigmoid\.sigmoid"):
+        derivative_by(("jvp", "jvp", "jvp"), SigmoidFunction.apply, x.detach())
+
+
 @pytest.mark.parametrize(("in_dim", "out_dim"), [(0, 0), (1, 1), (1, 0), (-1, -1)])
 def test_vmap(in_dim, out_dim, function, x):
     x = x.detach()
@@ -215,10 +241,12 @@ def test_functionalize(function, x):
     torch.testing.assert_close(gradient(x), derivatives(x)[0])
 
 
-def test_a_tensor_that_outlived_its_transform(function, device):
+def test_a_tensor_that_outlived_its_transform(function, x):
     leaked = []
-    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(random((3,), torch.float64, device))
-    torch.testing.assert_close(function(leaked[0]), torch.sigmoid(leaked[0]))
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
+    y = function(leaked[0])
+    torch.testing.assert_close(y, torch.sigmoid(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], derivatives(x)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -227,6 +255,13 @@ def test_is_grads_batched(function, dtype, device):
     (batched,) = torch.autograd.grad(function(x), x, torch.eye(4, dtype=dtype, device=device), is_grads_batched=True)
     (single,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(batched, torch.diag(single))
+
+
+def test_batched_gradients_can_be_differentiated_again(function, x):
+    flat = x.detach().flatten().requires_grad_()
+    vectors = torch.eye(flat.numel(), dtype=torch.float64, device=flat.device)
+    (rows,) = torch.autograd.grad(function(flat), flat, vectors, is_grads_batched=True, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(rows.sum(), flat)[0], derivatives(flat)[1])
 
 
 def test_vectorized_jacobian_and_hessian(function, x):
@@ -316,6 +351,30 @@ def test_an_unused_output_gives_no_gradient(function, x):
     assert torch.autograd.grad(used.sum(), x)[0] is not None
     assert torch.autograd.grad(torch.ones((), device=x.device, requires_grad=True), x, allow_unused=True)[0] is None
     del unused
+
+
+def test_an_undefined_gradient_stays_undefined(function, x):
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    NoGradient.apply(function(x)).sum().backward()
+    assert x.grad is None
+
+
+def test_hooks_may_narrow_what_is_saved(function, device):
+    """The gradient keeps the dtype of the upstream gradient whatever the saved tensor comes back as."""
+    x = random((40,), torch.float64, device).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.float(), lambda tensor: tensor):
+        y = function(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.dtype is torch.float64
+    torch.testing.assert_close(grad, derivatives(x)[0], rtol=1e-4, atol=1e-6)
 
 
 def test_backward_in_another_thread(function, device):

@@ -155,12 +155,22 @@ def test_an_expanded_gradient_is_loaded_once_a_row(tmp_path):
     assert len(loads) == 5
 
 
-@pytest.mark.parametrize("shape", [(2**31 + 8,), (2**20, 2**12)], ids=str)
-def test_64_bit_offsets_compile(shape):
-    strides = ((2,), (1,)) if len(shape) == 1 else ((2**13, 1), (2**12, 1))
-    plan = launch.plan(shape, strides)
-    assert plan.use_int64
-    assert compile_operator("forward", torch.float32, TARGETS["sm_90"], shape, strides).asm
+FAR_LAYOUTS = {
+    "strided": ((2**29 + 7,), ((8,), (1,))),
+    "rows": ((2**20, 2**12 + 7), ((2**13, 1), (2**12 + 7, 1))),
+    "wide-rows": ((2, 2**31 - 10), ((2**31, 1), (2**31 - 10, 1))),
+    "transposed": ((2**16, 2**16 + 1), ((1, 2**16), (2**16 + 1, 1))),
+}
+
+
+@pytest.mark.parametrize("layout", FAR_LAYOUTS)
+def test_no_offset_of_a_64_bit_plan_is_computed_in_32_bits(layout):
+    shape, strides = FAR_LAYOUTS[layout]
+    assert launch.plan(shape, strides).use_int64
+    ttir = compile_operator("forward", torch.float32, TARGETS["sm_90"], shape, strides).asm["ttir"]
+    assert not re.findall(r"arith\.muli .*: tensor<.*xi32>", ttir)
+    assert not re.findall(r"tt\.addptr .*, tensor<[0-9x]*[1-9][0-9]+xi32>", ttir)
+    assert not re.findall(r"arith\.divsi .*: i32", ttir)
 
 
 def test_the_forward_arithmetic_is_atens():

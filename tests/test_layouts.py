@@ -171,14 +171,21 @@ def test_programs_cover_more_than_two_billion_elements(n):
     assert plan.programs < 2**31, "the limit of a grid's first dimension"
 
 
-def test_elements_more_than_two_to_the_31_apart(device):
+# Offsets beyond 2³¹ from the row alone, and from a column stride that itself fits 32 bits: in the tail, in the body, in both.
+FAR_APART = [((2, 33), (2**31, 1)), ((9,), (2**28,)), ((17,), (2**27,)), ((33, 3), (1, 2**30))]
+
+
+@pytest.mark.parametrize(("shape", "strides"), FAR_APART, ids=str)
+def test_elements_more_than_two_to_the_31_apart(shape, strides, device):
     if not runs_kernels(device):
         pytest.skip("states what the kernels do")
     # calloc's untouched pages take no memory.
-    storage = torch.from_numpy(np.zeros(2**31 + 64, dtype=np.float16)).to(device)
-    x = storage.as_strided((2, 33), (2**31, 1))
-    x.copy_(random((2, 33), torch.float16))
+    storage = torch.from_numpy(np.zeros(2**31 + 2**12, dtype=np.float16)).to(device)
+    x = storage.as_strided(shape, strides)
+    x.copy_(random(shape, torch.float16))
     torch.testing.assert_close(torch_sigmoid.sigmoid(x), torch.sigmoid(x))
+    grad = random(shape, torch.float16, device, seed=1)
+    torch.testing.assert_close(ops.sigmoid_backward(grad, x, "input"), ops.sigmoid_backward_formula(grad, x, "input"))
 
 
 @pytest.mark.parametrize("n_columns", [1, 2, 3, 15, 16, 17, 33, 100, 127, 500, 1000, 1024, 1025, 5000])

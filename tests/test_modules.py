@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from reference import ROUNDED_ONCE, SIXTEEN_BIT, allowance, derivative, gradient, is_normal, random, ulp_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -228,6 +229,25 @@ def test_in_place_in_higher_orders_and_transforms(dtype, device):
     (second,) = torch.autograd.grad(first.sum(), leaf)
     s = torch.sigmoid(x.double())
     torch.testing.assert_close(second.double(), s * (1 - s) * (1 - 2 * s), **tolerances)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_in_place_inside_a_transform_of_something_else(dtype, device):
+    """A tensor that the transform does not see, and one that carries a tangent and requires grad."""
+    x = random((2, 3), dtype, device).requires_grad_()
+
+    def captured(sigmoid_):
+        hidden = x * 1
+        y = torch.vmap(lambda scale: sigmoid_(hidden.clone()) * scale)(torch.ones(2, dtype=dtype, device=device))
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    def dual(sigmoid_):
+        with forward_ad.dual_level():
+            y = sigmoid_(forward_ad.make_dual(x, torch.ones_like(x)) * 1)
+            return torch.autograd.grad(forward_ad.unpack_dual(y).tangent.sum(), x)[0]
+
+    for case in (captured, dual):
+        torch.testing.assert_close(case(torch_sigmoid.sigmoid_), case(torch.sigmoid_), rtol=5e-3, atol=1e-3)
 
 
 def test_in_place_change_after_in_place_is_detected(device):

@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 from . import ops
 
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _batch_first(info, in_dims, *tensors):
@@ -41,14 +42,21 @@ class SigmoidFunction(Function):
         saved = output if ctx.save == "output" else input
         ctx.save_for_backward(saved)
         ctx.save_for_forward(saved)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_output):
+        if grad_output is None:
+            return None, None
         (saved,) = ctx.saved_tensors
         return sigmoid_backward(grad_output, saved, ctx.save), None
 
     @staticmethod
     def jvp(ctx, input_tangent, _):
+        if input_tangent is None:
+            return None
+        if ops.forward_mode_is_nested():
+            raise RuntimeError("SigmoidFunction loses tangents under nested torch.func.jvp; call torch_sigmoid.sigmoid there")
         (saved,) = ctx.saved_tensors
         return sigmoid_backward(input_tangent, saved, ctx.save)
 
@@ -69,9 +77,12 @@ class SigmoidBackwardFunction(Function):
         *tensors, ctx.save = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_grad_input):
+        if grad_grad_input is None:
+            return None, None, None
         grad_output, saved = ctx.saved_tensors
         needs_grad_output, needs_saved, _ = ctx.needs_input_grad
         if needs_grad_output and needs_saved and not _differentiable_again():
@@ -85,7 +96,12 @@ class SigmoidBackwardFunction(Function):
     @staticmethod
     def jvp(ctx, grad_output_tangent, saved_tangent, _):
         grad_output, saved = ctx.saved_tensors
-        return sigmoid_backward(grad_output_tangent, saved, ctx.save) + _curvature(saved_tangent, grad_output, saved, ctx.save)
+        terms = []
+        if grad_output_tangent is not None:
+            terms.append(sigmoid_backward(grad_output_tangent, saved, ctx.save))
+        if saved_tangent is not None:
+            terms.append(_curvature(saved_tangent, grad_output, saved, ctx.save))
+        return sum(terms[1:], start=terms[0]) if terms else None
 
     @staticmethod
     def vmap(info, in_dims, grad_output, saved, save):
@@ -100,10 +116,13 @@ class SigmoidInplaceFunction(Function):
         ctx.mark_dirty(input)
         output = input.sigmoid_()
         ctx.save_for_backward(output)
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
+        if grad_output is None:
+            return None
         (output,) = ctx.saved_tensors
         return sigmoid_backward(grad_output, output, "output")
 
@@ -114,7 +133,10 @@ _apply_sigmoid = super(Function, SigmoidFunction).apply
 
 def apply_sigmoid(input: Tensor, save: str) -> Tensor:
     """SigmoidFunction.apply, by the short way unless functorch must see the call."""
-    return SigmoidFunction.apply(input, save) if _transforms_active() else _apply_sigmoid(input, save)
+    if _transforms_active():
+        return SigmoidFunction.apply(input, save)
+    # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
+    return _apply_sigmoid(torch._C._functorch.unwrap_if_dead(input), save)
 
 
 def _differentiable_again() -> bool:
@@ -124,9 +146,12 @@ def _differentiable_again() -> bool:
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ', differentiable where that is asked for."""
-    if _differentiable_again():
-        return SigmoidBackwardFunction.apply(grad_output, saved, save)
-    return ops.sigmoid_backward(grad_output, saved, save)
+    if not _differentiable_again():
+        return ops.sigmoid_backward(grad_output, saved, save)
+    if _is_legacy_batched(grad_output) or _is_legacy_batched(saved):
+        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
+        return ops.sigmoid_backward_formula(grad_output, saved, save)
+    return SigmoidBackwardFunction.apply(grad_output, saved, save)
 
 
 def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
@@ -137,3 +162,14 @@ def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save
 def needs_function(input: Tensor) -> bool:
     """Whether σ(input) must be recorded: a gradient is wanted, or a dual level or a functorch transform is active."""
     return (input.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or _transforms_active()
+
+
+def only_reverse_mode_listens(input: Tensor) -> bool:
+    """Whether ordinary eager autograd is all that could record an operator on `input`."""
+    return (
+        ops.has_plain_storage(input)
+        and forward_ad._current_level < 0
+        and not _transforms_active()
+        and not ops.only_torch_operators_are_seen()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -3,7 +3,8 @@
 A call takes one of three paths, chosen in `path`:
 
 triton   a float tensor on a device Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted
-traced   under torch.compile, export, jit.trace and functionalize: torch operators with our numerics, for a compiler to fuse
+traced   under torch.compile, export, jit.trace, functionalize and nested torch.func.jvp, which see torch operators only:
+         the same numerics in these, for a compiler to fuse
 torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
 """
 
@@ -30,7 +31,7 @@ class Path(NamedTuple):
 
 _TRITON = Path("triton", "a float tensor on a device Triton drives")
 _INTERPRETED = Path("triton", "TRITON_INTERPRET=1: the kernels run in Triton's interpreter")
-_TRACED = Path("traced", "a tracer listens (torch.compile, export, jit.trace, functionalize): torch operators, for it to fuse")
+_TRACED = Path("traced", "under torch.compile, export, jit.trace, functionalize or nested jvp, which see torch operators only")
 
 
 def path(input: Tensor) -> Path:
@@ -51,7 +52,7 @@ def path(input: Tensor) -> Path:
         return Path("torch", f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
     if input.layout is not torch.strided or input.is_nested:
         return Path("torch", "sparse and nested tensors are torch's own")
-    if ops.only_torch_operators_are_recorded():
+    if ops.only_torch_operators_are_seen():
         return _TRACED
     if type(input) not in ops.PLAIN_TYPES:
         return Path("torch", f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
@@ -117,7 +118,8 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
 def sigmoid_(input: Tensor) -> Tensor:
     """σ(x) written over `input`, which is returned. Saves σ, the same tensor, for backward: no extra memory.
 
-    A view that takes part in a gradient is computed out of place and copied back, as torch's rules on views demand.
+    The gradient is that of sigmoid(save="output"); under forward mode, transforms and tracers it is torch's own. A view in
+    fp16 or bf16 that takes part in a gradient is computed out of place and copied back, as torch's rules on views demand.
 
     Args:
         input: a floating or complex tensor of any shape and layout.
@@ -137,11 +139,11 @@ def sigmoid_(input: Tensor) -> Tensor:
             "sigmoid_(): input is a leaf tensor that requires grad, whose value its gradient refers to; "
             "expected a tensor computed from it, or a call under torch.no_grad()"
         )
-    if not autograd.needs_function(input) or _torch_gradient_suffices(input, "output"):
+    if _torch_gradient_suffices(input, "output") or not (needs_grad and autograd.only_reverse_mode_listens(input)):
         return torch.sigmoid_(input)
-    if needs_grad and not input._is_view() and path(input).name == "triton" and ops.has_plain_storage(input):
-        return autograd.SigmoidInplaceFunction.apply(input)
-    return input.copy_(sigmoid(input))
+    if input._is_view():
+        return input.copy_(sigmoid(input))
+    return autograd.SigmoidInplaceFunction.apply(input)
 
 
 def check_save(save: str) -> None:

@@ -47,7 +47,7 @@ def _plain_key_sets() -> frozenset[int]:
 
 
 _PLAIN_KEY_SETS = _plain_key_sets()
-_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+_Transform = torch._C._functorch.TransformType
 
 
 def has_plain_storage(tensor: Tensor) -> bool:
@@ -68,12 +68,23 @@ def _launchable(*tensors: Tensor) -> bool:
     )
 
 
-def only_torch_operators_are_recorded() -> bool:
-    """Whether a tracer listens that knows torch's operators but not a Function: compile, export, jit.trace, functionalize."""
+def _transform_levels() -> list:
+    """The kinds of the functorch transforms around this call, outermost first."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def forward_mode_is_nested() -> bool:
+    """Whether a Function would lose tangents: torch runs its `jvp` with forward mode off, for the outer levels too."""
+    return _transform_levels().count(_Transform.Jvp) > 1
+
+
+def only_torch_operators_are_seen() -> bool:
+    """Whether a Function would be refused, by a tracer, or lose tangents, so that torch operators must take its place."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or any(level.key() == _FUNCTIONALIZE for level in torch._C._functorch.get_interpreter_stack() or ())
+        or _Transform.Functionalize in _transform_levels()
+        or forward_mode_is_nested()
     )
 
 
@@ -88,18 +99,22 @@ def sigmoid_forward(input: Tensor) -> Tensor:
     return torch.sigmoid(input)
 
 
+def _smaller_sigmoid(x: Tensor) -> Tensor:
+    """σ(-|x|); `where` in place of `abs` keeps derivatives of every order right at x = 0."""
+    return torch.sigmoid(torch.where(x < 0, x, -x))
+
+
 def sigmoid_for_tracing(input: Tensor) -> Tensor:
     """σ(x), of which autograd itself derives every derivative from σ(-|x|), so that tracers need not know our Function.
 
     The value is torch.sigmoid's. The gradient is that of σ(x) for x < 0 and of -σ(-x) for x ≥ 0, which differ from σ by a
-    constant and never round to 1; `where` in place of `abs` keeps every order right at x = 0.
+    constant and never round to 1.
     """
     (wide,) = _upcast(input)
-    negative = wide < 0
-    smaller = torch.sigmoid(torch.where(negative, wide, -wide))
+    smaller = _smaller_sigmoid(wide)
     gradient_only = smaller - smaller.detach()
     value = torch.sigmoid(wide).detach()
-    return (value + torch.where(negative, gradient_only, -gradient_only)).to(input.dtype)
+    return (value + torch.where(wide < 0, gradient_only, -gradient_only)).to(input.dtype)
 
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
@@ -110,10 +125,10 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
 
 
 def sigmoid_backward_formula(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
-    """grad_output·σ' in torch operators: from the output grad·(1-σ)·σ, from the input the same with σ(-|x|) for σ."""
+    """grad_output·σ' in torch operators, differentiable: from the output grad·(1-σ)·σ, from the input with σ(-|x|) for σ."""
     wide_grad, wide = _upcast(grad_output, saved)
-    sigma = wide if save == "output" else torch.sigmoid(-wide.abs())
-    return aten_sigmoid_backward(wide_grad, sigma).to(saved.dtype)
+    sigma = wide if save == "output" else _smaller_sigmoid(wide)
+    return aten_sigmoid_backward(wide_grad, sigma).to(grad_output.dtype)
 
 
 def sigmoid_double_backward(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> tuple[Tensor, Tensor]:
@@ -121,7 +136,7 @@ def sigmoid_double_backward(grad_grad_input: Tensor, grad_output: Tensor, saved:
     if _launchable(saved, grad_output, grad_grad_input):
         return kernels.sigmoid_double_backward(grad_grad_input, grad_output, saved, from_input=save == "input")
     return (
-        sigmoid_backward_formula(grad_grad_input, saved, save),
+        sigmoid_backward_formula(grad_grad_input, saved, save).to(grad_output.dtype),
         curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward_formula),
     )
 
