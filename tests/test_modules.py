@@ -146,6 +146,7 @@ def test_intercept_passes_out_and_other_functions_through(device):
     x, out = random((3,), torch.float32, device), torch.empty(3, device=device)
     with intercept():
         assert torch.sigmoid(x, out=out) is out
+        assert torch.sigmoid(x, out=out.double()).dtype is torch.float64
         torch.testing.assert_close(torch.tanh(x), x.tanh())
         assert torch.nn.Sequential(nn.Linear(3, 2).to(device), nn.Sigmoid())(x).shape == (2,)
 

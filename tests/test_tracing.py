@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import FROM_INPUT, derivative, gradient, random, ulp_error
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -97,11 +98,21 @@ def test_compiled_module_and_intercept(save, device):
         torch.testing.assert_close(compiled(x), torch.sigmoid(x) * 2)
 
 
-def test_compiled_in_place(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = random((9,), dtype, device)
-        compiled = torch.compile(lambda x: torch_sigmoid.sigmoid_(x * 1), backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(gradient(compiled, x), gradient(torch.sigmoid, x))
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_compiled_in_place(dtype, backend, device):
+    x = random((9,), dtype, device)
+    compiled = torch.compile(lambda x: torch_sigmoid.sigmoid_(x * 1), backend=backend, fullgraph=True)
+    torch.testing.assert_close(gradient(compiled, x), gradient(torch.sigmoid, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiled_autograd_traces_an_eager_forwards_backward(dtype, save, device):
+    x = torch.tensor([2.0, -0.5, 0.0], dtype=dtype, device=device, requires_grad=True)
+    y = torch_sigmoid.sigmoid(x, save=save)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        y.sum().backward()
+    torch.testing.assert_close(x.grad, gradient(torch.sigmoid, x))
 
 
 def test_the_path_is_named_under_compile(device):
@@ -141,6 +152,12 @@ def test_make_fx_records_the_gradient(mode, function, device):
     graph = make_fx(lambda x: gradient(function, x), tracing_mode=mode)(random((3,), torch.float32, device))
     x = random((3,), torch.float32, device, seed=5)
     torch.testing.assert_close(graph(x), gradient(torch.sigmoid, x))
+
+
+def test_make_fx_before_dispatch_records_the_operator(function, device):
+    graph = make_fx(lambda x: function(x * 1), pre_dispatch=True)(random((3,), torch.float32, device))
+    x = random((3,), torch.float32, device, seed=5)
+    torch.testing.assert_close(graph(x), torch.sigmoid(x))
 
 
 def test_fake_tensors(function, device):

@@ -167,9 +167,9 @@ def needs_function(input: Tensor) -> bool:
 def only_reverse_mode_listens(input: Tensor) -> bool:
     """Whether ordinary eager autograd is all that could record an operator on `input`."""
     return (
-        ops.has_plain_storage(input)
+        not ops.only_torch_operators_are_seen()
+        and ops.has_plain_storage(input)
         and forward_ad._current_level < 0
         and not _transforms_active()
-        and not ops.only_torch_operators_are_seen()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not ops.modes_listen()
     )

@@ -47,6 +47,7 @@ def _plain_key_sets() -> frozenset[int]:
 
 
 _PLAIN_KEY_SETS = _plain_key_sets()
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _Transform = torch._C._functorch.TransformType
 
 
@@ -59,12 +60,18 @@ def has_plain_storage(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
 
 
+def modes_listen() -> bool:
+    """Whether a dispatch mode records operators, among them make_fx, which keeps a second stack for pre_dispatch=True."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+
+
 def _launchable(*tensors: Tensor) -> bool:
-    """Whether a kernel may run on these tensors: plain ones, on a device Triton drives, and no mode records operators."""
+    """Whether a kernel may run on these tensors: plain ones, on a device Triton drives, and nobody records operators."""
     return (
-        all(has_plain_storage(tensor) for tensor in tensors)
+        not torch.compiler.is_compiling()
+        and all(has_plain_storage(tensor) for tensor in tensors)
         and kernels_refusal(tensors[0].device) is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not modes_listen()
     )
 
 

@@ -62,10 +62,12 @@ class intercept(TorchFunctionMode):
     """A context under which torch's sigmoid is ours: `with torch_sigmoid.intercept(save="input"): loss = model(x)`.
 
     It covers torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid and torch.nn.Sigmoid, and the
-    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`. Backward may run outside of it.
+    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`. Calls with `out=`, which have no gradient,
+    stay torch's. Backward may run outside of it.
 
-    Under `torch.utils.checkpoint` or other saved-tensor hooks save="input" gives way to "output", with a warning: the
-    recomputation may run outside the context and would hand σ to a backward that expects x. `replace` has no such limit.
+    What `torch.utils.checkpoint` recomputes in a backward outside the context is torch's own sigmoid. With
+    use_reentrant=False, and under other saved-tensor hooks, save="input" therefore gives way to "output" with a warning: σ
+    would reach a backward that expects x. `replace` has no such limit.
 
     Args:
         save: as in `torch_sigmoid.sigmoid`.
@@ -81,7 +83,7 @@ class intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _nesting.handled or func not in _SIGMOIDS + _SIGMOIDS_INPLACE:
+        if _nesting.handled or func not in _SIGMOIDS + _SIGMOIDS_INPLACE or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         _nesting.handled = True
         try:
