@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .maths import INTERPRETED, upcast
 
-# 1024 elements over 4 warps are 8 a thread: one 16-byte access in 16 bit, two in fp32, and at most 32 registers.
+# 1024 elements over 4 warps are 8 a thread: one 16-byte access in 16 bit, two in fp32.
 TILE_ELEMENTS = 1024
 # The interpreter pays per program more than per element.
 INTERPRETED_TILE_ELEMENTS = 65536

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, allowance, gradient, random, runs_kernels
+from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, gradient, random, runs_kernels
 
 import torch_sigmoid
 from torch_sigmoid import ops
@@ -204,7 +204,6 @@ def test_results_do_not_change_from_run_to_run(dtype, device, save):
     runs = [gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x, grad) for _ in range(3)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
-    assert allowance(dtype, device) in (0.0, 0.5)
 
 
 def test_a_launch_is_made_on_the_tensors_device(monkeypatch):
