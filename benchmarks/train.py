@@ -204,8 +204,8 @@ def main(argv=None):
         saturated = [(task, compare_saturated(task, arguments)) for task in load_tasks(device, torch.float32, arguments.seed)]
 
     table = Table(title=f"{arguments.dtype}, the same seed twice")
-    for column in ("data", "layer", "held-out accuracy", "last epoch's loss", "largest loss difference"):
-        table.add_column(column, overflow="fold")
+    for column in ("data", "layer", "held-out accuracy", "last loss", "largest loss difference"):
+        table.add_column(column, no_wrap=column == "layer")
     failures, differences = [], {}
     promised = arguments.dtype != "bfloat16" and arguments.save == "output" and not arguments.interpret
     for task, runs in plain:
@@ -224,8 +224,8 @@ def main(argv=None):
 
     if saturated:
         table = Table(title=f"bf16 autocast, every sigmoid unit started at a bias of +{SATURATING_BIAS:g}")
-        for column in ("data", "layer", "first gradient's norm", "held-out accuracy", "last epoch's loss"):
-            table.add_column(column, overflow="fold")
+        for column in ("data", "layer", "first gradient's norm", "held-out accuracy", "last loss"):
+            table.add_column(column, no_wrap=column == "layer")
         for task, runs in saturated:
             for name, run in runs.items():
                 table.add_row(task.name, name, f"{run.first_gradient:.3g}", f"{run.accuracy:.4f}", f"{run.losses[-1]:.5f}")
@@ -245,10 +245,12 @@ def main(argv=None):
     }
     (arguments.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
     if not arguments.interpret:
-        draw(plain, f"{arguments.dtype}: the same seed with either layer", arguments.out / "loss.png")
-        draw(saturated, "bf16 autocast, sigmoid layers started at σ(8)", arguments.out / "loss_saturated.png")
-    for path in sorted(arguments.out.glob("*.png")):
-        console.print(f"figure {path}")
+        for group, title, name in (
+            (plain, f"{arguments.dtype}: the same seed with either layer", "loss.png"),
+            (saturated, f"bf16 autocast, sigmoid layers started at σ({SATURATING_BIAS:g})", "loss_saturated.png"),
+        ):
+            draw(group, title, arguments.out / name)
+            console.print(f"figure {arguments.out / name}")
     console.print(f"numbers {arguments.out / 'train.json'}")
     for failure in failures:
         console.print(f"FAILED {failure}")
