@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(not isinstance(upcast, triton.JITFunction))
 
 @triton.jit
 def sigmoid(x):
-    """σ(x), bit for bit ATen's on the same GPU: `one / (one + std::exp(-x))` in ATen/native/cuda/UnarySpecialOpsKernel.cu.
+    """σ(x), by ATen's own arithmetic: `one / (one + std::exp(-x))` in ATen/native/cuda/UnarySpecialOpsKernel.cu.
 
     libdevice.exp is CUDA's own expf, whose last multiplication nvcc fuses with the addition; Triton does the same as long
     as enable_fp_fusion is on. tl.exp and the approximate division have other digits.

@@ -75,7 +75,7 @@ def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
 
 
 def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -> Tensor:
-    r"""σ(x) = 1 / (1 + e^-x), element by element, with an exact gradient in every dtype.
+    r"""σ(x) = 1 / (1 + e^-x), element by element, with a gradient that need not be lost where σ rounds to 1.
 
     The gradient is grad·σ·(1-σ), computed in fp32 (fp64 for fp64) and rounded once. From a σ that has itself been rounded,
     1-σ loses its digits as x grows: in bf16 it is 0 from x = 6.25 on. save="input" keeps x in place of σ and computes
@@ -90,7 +90,8 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         out: a tensor for the result, of its dtype and device; not differentiable, as in torch.
 
     Returns:
-        A tensor of input's shape and memory format; on a GPU bit for bit what torch.sigmoid gives there.
+        A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: the fp32 kernel
+        compiles to ATen's arithmetic, and no GPU has measured it yet.
 
     Raises:
         TypeError: `input` or `out` is not a tensor.
