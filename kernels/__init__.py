@@ -11,7 +11,7 @@ try:
         raise ImportError(f"version {triton.__version__} is older than 3.6")
 
     from .maths import INTERPRETED
-    from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward
+    from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward, warmup
 except Exception as error:  # missing, too old, or failing while it is imported
     UNAVAILABLE = f"Triton cannot be used ({type(error).__name__}: {error})"
     INTERPRETED = False
@@ -19,4 +19,4 @@ else:
     UNAVAILABLE = None
     INTERPRETED = bool(INTERPRETED.value)
 
-__all__ = ["INTERPRETED", "UNAVAILABLE", "sigmoid_backward", "sigmoid_double_backward", "sigmoid_forward"]
+__all__ = ["INTERPRETED", "UNAVAILABLE", "sigmoid_backward", "sigmoid_double_backward", "sigmoid_forward", "warmup"]

@@ -6,26 +6,35 @@ launches are a single row: tensors that are dense in one common memory format, w
 
 A program handles one tile of that matrix, in two parts. The body covers the columns up to the last multiple of 16, so the
 compiler may prove that neighbouring lanes share their mask and move 16 bytes an access whatever the width. The tail, 16
-columns wide, covers the rest.
+columns wide, covers the rest. A program without one of them skips it, by a branch that all its threads take alike.
 """
 
 import contextlib
+import os
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 from .maths import INTERPRETED, upcast
 
 # 1024 elements over 4 warps are 8 a thread: one 16-byte access in 16 bit, two in fp32.
 TILE_ELEMENTS = 1024
+# Neither decides how a kernel is compiled: a width of 1 or a multiple of 16 is no case of its own.
+SIZES = ["n_rows", "n_columns"]
 # The interpreter pays per program more than per element.
 INTERPRETED_TILE_ELEMENTS = 65536
 NUM_WARPS = 4
 TAIL_COLUMNS = tl.constexpr(16)
 INT32_MAX = 2**31 - 1
+# `CompiledKernel.run` is no public interface; these versions were read and tried. Others launch by `kernel[grid]`.
+KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# Of one operator: a network has dozens of shapes, and an entry takes about a kilobyte.
+MAX_KEPT = 4096
 
 
 @triton.jit
@@ -37,7 +46,10 @@ def select_tile(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
 ):
-    """Rows, columns, row mask and mask of this program's tile; for a single row (`n_rows` None) the compiler folds the rows."""
+    """Whether this program has such a part, and the part: rows, columns, row mask and mask.
+
+    For a single row (`n_rows` None) the compiler folds the rows away.
+    """
     program = tl.program_id(0)
     if USE_INT64:
         program = program.to(tl.int64)
@@ -47,18 +59,21 @@ def select_tile(
     n_body_columns = n_columns // TAIL_COLUMNS * TAIL_COLUMNS
     if TAIL:
         # Only the last block of a row reaches past n_body_columns.
+        end = tl.minimum(n_columns, first_column + BLOCK_COLUMNS)
+        present = n_body_columns < end
         columns = (n_body_columns + tl.arange(0, TAIL_COLUMNS))[None, :]
-        mask = columns < tl.minimum(n_columns, first_column + BLOCK_COLUMNS)
+        mask = columns < end
     else:
+        present = first_column < n_body_columns
         columns = (first_column + tl.arange(0, BLOCK_COLUMNS))[None, :]
         mask = columns < n_body_columns
     if n_rows is None:
         rows = tl.zeros((1, 1), tl.int32)
-        return rows, columns, rows == 0, mask
+        return present, (rows, columns, rows == 0, mask)
     else:
         rows = (program // column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < n_rows
-        return rows, columns, row_mask, row_mask & mask
+        return present, (rows, columns, row_mask, row_mask & mask)
 
 
 @triton.jit
@@ -79,6 +94,38 @@ def store_tile(pointer, row_stride, column_stride, tile, values):
     rows, columns, _, mask = tile
     pointer += rows if row_stride is None else rows * row_stride
     tl.store(pointer + columns * column_stride, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+def _keep(compiled, programs, arguments) -> tuple:
+    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run."""
+    current_device = driver.active.get_current_device
+    if current_device is torch.cuda.current_device:
+        # The same without its check for initialisation, which a tensor on the device has answered.
+        current_device = torch._C._cuda_getDevice
+    launch, packs = compiled.run, False
+    fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
+    if type(launch).__name__ == "CudaLauncher" and hasattr(launch, "kernel_signature"):
+        # Since 3.7: all that CudaLauncher does for a kernel without scratch memory is to append these.
+        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)
+        fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
+        launch, packs = launch.launch, True
+    where = current_device, driver.active.get_current_stream, driver.active
+    return launch, packs, compiled.function, fixed, arguments, programs, *where
+
+
+def _watched(kernel) -> bool:
+    """Whether a hook or a debugger expects launches to pass through Triton's own entry."""
+    runtime = knobs.runtime
+    try:
+        return bool(
+            runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or kernel.pre_run_hooks
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+        )
+    except AttributeError:  # someone has put another object in the place of Triton's chain of hooks
+        return True
 
 
 class Plan(NamedTuple):
@@ -159,39 +206,79 @@ def _on_device_of(tensor):
     return contextlib.nullcontext() if module.current_device() == tensor.get_device() else module.device(tensor.device)
 
 
-def launch(kernel, inputs, outputs, **constants):
-    """Run `kernel` over tensors of one shape on one device, writing `outputs`: dense, and alike in their strides.
+class Launcher:
+    """A kernel with its constants, called with tensors of one shape on one device; what it compiles is kept.
 
-    The kernel takes the tensors, their row strides, their column strides, `n_rows`, `n_columns`, its own `constants`, and
+    The kernel takes the tensors, their row strides, their column strides, `n_rows`, `n_columns`, the constants, and
     BLOCK_ROWS, BLOCK_COLUMNS and USE_INT64.
+
+    Triton's own `kernel[grid](...)` looks up its compilation by every argument, at several times the cost of the launch. The
+    key here is what that lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes (sizes, their
+    divisibility and the width of offsets follow from the shape). The first launch of a key goes through `kernel[grid]`,
+    and so does each that hooks watch, that is meant for another device than the current one, or whose driver has changed.
     """
-    if outputs[0].numel() == 0:
-        return
-    shape, strides = outputs[0].shape, outputs[0].stride()
-    tensors = (*inputs, *outputs)
-    chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
-    if chosen is None:
-        tensors = tuple(
-            tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)
-            for tensor in tensors
+
+    def __init__(self, kernel, **constants):
+        self.kernel = kernel
+        self.constants = constants
+        self.kept: dict[tuple, tuple] = {}
+        # A CUDA context does not survive a fork, nor do the functions loaded into it.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.kept.clear)
+
+    def __call__(self, inputs, outputs):
+        """Run over `inputs`, writing `outputs`: dense, alike in strides, which with their dtypes follow from the inputs'."""
+        first = inputs[0]
+        device = first.get_device()
+        key = [device, first.shape]
+        pointers = []
+        for tensor in inputs:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            key += tensor.dtype, tensor.stride(), pointer & 15
+        for tensor in outputs:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            key.append(pointer & 15)
+        key = tuple(key)
+        kept = self.kept.get(key)
+        if kept is not None:
+            launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for = kept
+            if current_device() == device and driver.active is compiled_for and not _watched(self.kernel):
+                if packs:
+                    launch(programs, 1, 1, current_stream(device), function, *fixed, (*pointers, *arguments))
+                else:
+                    launch(programs, 1, 1, current_stream(device), function, *fixed, *pointers, *arguments)
+                return
+        self._launch(key, inputs, outputs)
+
+    def _launch(self, key, inputs, outputs):
+        """Through `kernel[grid]`, keeping the compilation; what no plan covers is copied first."""
+        shape, strides = outputs[0].shape, outputs[0].stride()
+        if outputs[0].numel() == 0:
+            return
+        tensors = (*inputs, *outputs)
+        chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
+        if chosen is None:
+            dense = (
+                tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)
+                for tensor in inputs
+            )
+            return self(tuple(dense), outputs)
+        arguments = (
+            *chosen.row_strides,
+            *chosen.column_strides,
+            chosen.n_rows,
+            chosen.n_columns,
+            *self.constants.values(),
+            chosen.block_rows,
+            chosen.block_columns,
+            chosen.use_int64,
         )
-        chosen = plan(shape, (strides,) * len(tensors))
-    _run(kernel, chosen, tensors, constants)
-
-
-def _run(kernel, plan, tensors, constants):
-    with _on_device_of(tensors[0]):
-        kernel[(plan.programs,)](
-            *tensors,
-            *plan.row_strides,
-            *plan.column_strides,
-            plan.n_rows,
-            plan.n_columns,
-            **constants,
-            BLOCK_ROWS=plan.block_rows,
-            BLOCK_COLUMNS=plan.block_columns,
-            USE_INT64=plan.use_int64,
-            num_warps=NUM_WARPS,
+        with _on_device_of(outputs[0]):
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
-            enable_fp_fusion=True,
-        )
+            compiled = self.kernel[(chosen.programs,)](*tensors, *arguments, num_warps=NUM_WARPS, enable_fp_fusion=True)
+            if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
+                if len(self.kept) >= MAX_KEPT:
+                    self.kept.clear()
+                self.kept[key] = _keep(compiled, chosen.programs, arguments)

@@ -1,11 +1,11 @@
 """Device functions on loaded values. Every formula of the package stands here once.
 
 σ(x)  = 1 / (1 + e^-x)
-σ'(x) = σ(x)·(1 - σ(x)) = σ(x)·σ(-x)          even in x
+σ'(x) = σ(x)·(1 - σ(x)) = e / (1 + e)²,  e = e^-|x|
 σ"(x) = σ'(x)·(1 - 2σ(x)) = -σ'(x)·tanh(x/2)
 
-1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. Since σ' is even, an operator that has
-x takes σ(-|x|) ≤ 1/2 for σ, where 1 - σ keeps every bit.
+1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. An operator that has x takes the form
+in e ≤ 1, which is even in x as σ' is, where nothing cancels, overflows or rounds to 0 before σ' does.
 """
 
 import triton
@@ -27,32 +27,72 @@ INTERPRETED = tl.constexpr(not isinstance(upcast, triton.JITFunction))
 
 
 @triton.jit
-def sigmoid(x):
+def negative(x):
+    """-x, which Triton's own minus computes as 0 - x with an instruction, where a product becomes the next one's sign bit."""
+    return x * -1.0
+
+
+@triton.jit
+def exp(x):
+    """e^x in CUDA's own digits; the interpreter has no libdevice."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def reciprocal(d):
+    """1/d for d in [1, inf] without the branches and scaling of a division: rsqrt(d)², and one Newton step.
+
+    The result is correctly rounded unless 1/d lies within 2^-43 of a rounding boundary, and subnormal where 1/d is, since
+    rsqrt(d) ≥ 2^-64. For d = inf the step is NaN, which `minimum` turns into a harmless 1.
+    """
+    root = libdevice.rsqrt(d)
+    approximation = root * root
+    step = tl.minimum(tl.fma(negative(d), approximation, 1.0), 1.0)
+    return tl.fma(approximation, step, approximation)
+
+
+@triton.jit
+def sigmoid(x, ROUND_TO_16_BIT: tl.constexpr):
     """σ(x), by ATen's own arithmetic: `one / (one + std::exp(-x))` in ATen/native/cuda/UnarySpecialOpsKernel.cu.
 
     libdevice.exp is CUDA's own expf, whose last multiplication nvcc fuses with the addition; Triton does the same as long
     as enable_fp_fusion is on. tl.exp and the approximate division have other digits.
     """
-    if INTERPRETED:
-        denominator = 1.0 + tl.exp(-x)
-    else:
-        denominator = 1.0 + libdevice.exp(-x)
+    denominator = 1.0 + exp(negative(x))
     if x.dtype == tl.float64:
         return 1.0 / denominator
+    elif ROUND_TO_16_BIT and not INTERPRETED:
+        return reciprocal(denominator)
     else:
         return tl.div_rn(1.0, denominator)
 
 
 @triton.jit
-def sigmoid_grad(grad_output, sigma):
+def sigmoid_grad_from_output(grad_output, sigma):
     """grad·(1 - σ)·σ, multiplied in ATen's order so that fp32 agrees to the last bit."""
     return grad_output * (1.0 - sigma) * sigma
 
 
 @triton.jit
-def smaller_sigmoid(x):
-    """σ(-|x|), the one of σ(x) and σ(-x) that never rounds to 1; σ' is the same from either."""
-    return sigmoid(-tl.abs(x))
+def sigmoid_grad_from_input(grad_output, x, ROUND_TO_16_BIT: tl.constexpr):
+    """grad·e / (1 + e)² with e = e^-|x|; the square is 1 + e·(2 + e), which rounds twice where (1 + e)² rounds thrice."""
+    minus_abs = negative(tl.abs(x))
+    if INTERPRETED or x.dtype == tl.float64:
+        e = exp(minus_abs)
+        return grad_output * (e / tl.fma(e, 2.0 + e, 1.0))
+    elif ROUND_TO_16_BIT:
+        # The fast exponential is off by |x|·2^-24 of itself, which 16 bit does not see.
+        e = libdevice.fast_expf(minus_abs)
+        return grad_output * libdevice.fast_dividef(e, tl.fma(e, 2.0 + e, 1.0))
+    else:
+        e = exp(minus_abs)
+        square = tl.fma(e, 2.0 + e, 1.0)
+        reciprocal = libdevice.fast_dividef(1.0, square)
+        quotient = e * reciprocal
+        return grad_output * tl.fma(tl.fma(negative(square), quotient, e), reciprocal, quotient)
 
 
 @triton.jit
@@ -65,6 +105,6 @@ def curvature_from_output(sigma):
 def curvature_from_input(x):
     """σ"/σ' = -tanh(x/2), which keeps its relative accuracy near x = 0, where 1 - 2σ cancels."""
     if INTERPRETED:
-        return 1.0 - 2.0 * sigmoid(x)
+        return 1.0 - 2.0 * sigmoid(x, ROUND_TO_16_BIT=False)
     else:
         return -libdevice.tanh(0.5 * x)

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from . import maths
-from .launch import launch, load_tile, select_tile, store_tile
+from .launch import SIZES, TAIL_COLUMNS, Launcher, load_tile, select_tile, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sigmoid_forward_kernel(
     x_ptr,
     sigma_ptr,
@@ -31,13 +31,15 @@ def sigmoid_forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
 ):
+    ROUND_TO_16_BIT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     for TAIL in tl.static_range(2):
-        tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        x = load_tile(x_ptr, x_row_stride, x_column_stride, tile)
-        store_tile(sigma_ptr, sigma_row_stride, sigma_column_stride, tile, maths.sigmoid(x))
+        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        if present:
+            x = load_tile(x_ptr, x_row_stride, x_column_stride, tile)
+            store_tile(sigma_ptr, sigma_row_stride, sigma_column_stride, tile, maths.sigmoid(x, ROUND_TO_16_BIT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sigmoid_backward_kernel(
     grad_output_ptr,
     saved_ptr,
@@ -55,16 +57,20 @@ def sigmoid_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
 ):
+    ROUND_TO_16_BIT: tl.constexpr = grad_output_ptr.dtype.element_ty.primitive_bitwidth == 16
     for TAIL in tl.static_range(2):
-        tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
-        saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
-        sigma = maths.smaller_sigmoid(saved) if FROM_INPUT else saved
-        grad_input = maths.sigmoid_grad(grad_output, sigma)
-        store_tile(grad_input_ptr, grad_input_row_stride, grad_input_column_stride, tile, grad_input)
+        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        if present:
+            grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
+            saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
+            if FROM_INPUT:
+                grad_input = maths.sigmoid_grad_from_input(grad_output, saved, ROUND_TO_16_BIT)
+            else:
+                grad_input = maths.sigmoid_grad_from_output(grad_output, saved)
+            store_tile(grad_input_ptr, grad_input_row_stride, grad_input_column_stride, tile, grad_input)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sigmoid_double_backward_kernel(
     grad_grad_input_ptr,
     grad_output_ptr,
@@ -88,38 +94,58 @@ def sigmoid_double_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
 ):
+    ROUND_TO_16_BIT: tl.constexpr = grad_output_ptr.dtype.element_ty.primitive_bitwidth == 16
     for TAIL in tl.static_range(2):
-        tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        v = load_tile(grad_grad_input_ptr, grad_grad_input_row_stride, grad_grad_input_column_stride, tile)
-        grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
-        saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
-        if FROM_INPUT:
-            sigma = maths.smaller_sigmoid(saved)
-            grad_saved = maths.sigmoid_grad(v * grad_output, sigma) * maths.curvature_from_input(saved)
-        else:
-            sigma = saved
-            grad_saved = v * grad_output * maths.curvature_from_output(sigma)
-        grad_grad_output = maths.sigmoid_grad(v, sigma)
-        store_tile(grad_grad_output_ptr, grad_grad_output_row_stride, grad_grad_output_column_stride, tile, grad_grad_output)
-        store_tile(grad_saved_ptr, grad_saved_row_stride, grad_saved_column_stride, tile, grad_saved)
+        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        if present:
+            v = load_tile(grad_grad_input_ptr, grad_grad_input_row_stride, grad_grad_input_column_stride, tile)
+            grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
+            saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
+            if FROM_INPUT:
+                grad_grad_output = maths.sigmoid_grad_from_input(v, saved, ROUND_TO_16_BIT)
+                grad_saved = maths.sigmoid_grad_from_input(
+                    v * grad_output, saved, ROUND_TO_16_BIT
+                ) * maths.curvature_from_input(saved)
+            else:
+                grad_grad_output = maths.sigmoid_grad_from_output(v, saved)
+                grad_saved = v * grad_output * maths.curvature_from_output(saved)
+            store_tile(
+                grad_grad_output_ptr, grad_grad_output_row_stride, grad_grad_output_column_stride, tile, grad_grad_output
+            )
+            store_tile(grad_saved_ptr, grad_saved_row_stride, grad_saved_column_stride, tile, grad_saved)
+
+
+_forward = Launcher(sigmoid_forward_kernel)
+_backward = {from_input: Launcher(sigmoid_backward_kernel, FROM_INPUT=from_input) for from_input in (False, True)}
+_double_backward = {from_input: Launcher(sigmoid_double_backward_kernel, FROM_INPUT=from_input) for from_input in (False, True)}
 
 
 def sigmoid_forward(x):
     """σ(x) in x's dtype and memory format."""
     sigma = torch.empty_like(x)
-    launch(sigmoid_forward_kernel, (x,), (sigma,))
+    _forward((x,), (sigma,))
     return sigma
 
 
 def sigmoid_backward(grad_output, saved, from_input):
     """grad_output·σ' in the dtype of `grad_output` and the memory format of `saved`."""
     grad_input = torch.empty_like(saved, dtype=grad_output.dtype)
-    launch(sigmoid_backward_kernel, (grad_output, saved), (grad_input,), FROM_INPUT=from_input)
+    _backward[from_input]((grad_output, saved), (grad_input,))
     return grad_input
 
 
 def sigmoid_double_backward(grad_grad_input, grad_output, saved, from_input):
     """The gradients that reach `grad_output` and `saved`, in their dtypes and the memory format of `saved`."""
     outputs = torch.empty_like(saved, dtype=grad_output.dtype), torch.empty_like(saved)
-    launch(sigmoid_double_backward_kernel, (grad_grad_input, grad_output, saved), outputs, FROM_INPUT=from_input)
+    _double_backward[from_input]((grad_grad_input, grad_output, saved), outputs)
     return outputs
+
+
+def warmup(device, dtype):
+    """Compile and load every kernel for dense tensors, and the backwards for an expanded upstream gradient too."""
+    x = torch.empty(TAIL_COLUMNS.value + 1, dtype=dtype, device=device)
+    sigmoid_forward(x)
+    for grad in (x, x[:1].expand_as(x)):
+        for from_input in (False, True):
+            sigmoid_backward(grad, x, from_input)
+            sigmoid_double_backward(x, grad, x, from_input)

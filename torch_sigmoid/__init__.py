@@ -8,7 +8,7 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 
 from . import functional, nn
 from .autograd import SigmoidFunction
-from .functional import Path, path, sigmoid, sigmoid_
+from .functional import Path, path, sigmoid, sigmoid_, warmup
 from .nn import Sigmoid
 from .swap import intercept, replace, restore
 
@@ -26,4 +26,5 @@ __all__ = [
     "restore",
     "sigmoid",
     "sigmoid_",
+    "warmup",
 ]

@@ -14,7 +14,9 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 
+_is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -127,26 +129,60 @@ class SigmoidInplaceFunction(Function):
         return sigmoid_backward(grad_output, output, "output")
 
 
+class _EagerSigmoidFromOutput(Function):
+    """SigmoidFunction with save="output" for eager reverse mode, which needs neither setup_context nor its cost."""
+
+    @staticmethod
+    def forward(ctx, input):
+        output = ops.sigmoid_forward(input)
+        ctx.save_for_backward(output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "output")
+
+
+class _EagerSigmoidFromInput(Function):
+    """SigmoidFunction with save="input", likewise."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.save_for_backward(input)
+        ctx.set_materialize_grads(False)
+        return ops.sigmoid_forward(input)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "input")
+
+
 # Function.apply binds its arguments in Python at every call; below it is the C++ entry, which does not.
-_apply_sigmoid = super(Function, SigmoidFunction).apply
+_apply_eager = {
+    "output": super(Function, _EagerSigmoidFromOutput).apply,
+    "input": super(Function, _EagerSigmoidFromInput).apply,
+}
 
 
-def apply_sigmoid(input: Tensor, save: str) -> Tensor:
-    """SigmoidFunction.apply, by the short way unless functorch must see the call."""
-    if _transforms_active():
+def sigmoid(input: Tensor, save: str) -> Tensor:
+    """σ(input), recorded where anything listens: forward mode and transforms need SigmoidFunction, reverse mode less."""
+    if _transforms_active() or forward_ad._current_level >= 0:
         return SigmoidFunction.apply(input, save)
-    # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
-    return _apply_sigmoid(torch._C._functorch.unwrap_if_dead(input), save)
+    if input.requires_grad and _is_grad_enabled():
+        # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
+        return _apply_eager[save](_unwrap_if_dead(input))
+    return ops.sigmoid_forward(input)
 
 
 def _differentiable_again() -> bool:
     """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_active()
+    return _is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_active()
 
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ', differentiable where that is asked for."""
-    if not _differentiable_again():
+    if not (_is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0):
         return ops.sigmoid_backward(grad_output, saved, save)
     if _is_legacy_batched(grad_output) or _is_legacy_batched(saved):
         # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
@@ -157,11 +193,6 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
 def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_grad_input·grad_output·∂σ'/∂saved, differentiable."""
     return ops.curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward)
-
-
-def needs_function(input: Tensor) -> bool:
-    """Whether σ(input) must be recorded: a gradient is wanted, or a dual level or a functorch transform is active."""
-    return (input.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or _transforms_active()
 
 
 def only_reverse_mode_listens(input: Tensor) -> bool:

@@ -8,6 +8,8 @@ traced   under torch.compile, export, jit.trace, functionalize and nested torch.
 torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
 """
 
+from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,10 +18,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import autograd, ops
 
-__all__ = ["Path", "path", "sigmoid", "sigmoid_"]
+__all__ = ["Path", "path", "sigmoid", "sigmoid_", "warmup"]
 
 SAVE_MODES = ("output", "input")
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_is_compiling = torch.compiler.is_compiling
+_WIDE_DTYPES = frozenset((torch.float32, torch.float64))
+_FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 class Path(NamedTuple):
@@ -29,37 +33,54 @@ class Path(NamedTuple):
     reason: str
 
 
-_TRITON = Path("triton", "a float tensor on a device Triton drives")
-_INTERPRETED = Path("triton", "TRITON_INTERPRET=1: the kernels run in Triton's interpreter")
+_TRITON = Path(
+    "triton",
+    "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
+    if ops.kernels.INTERPRETED
+    else "a float tensor on a device Triton drives",
+)
 _TRACED = Path("traced", "under torch.compile, export, jit.trace, functionalize or nested jvp, which see torch operators only")
+_SPARSE_OR_NESTED = Path("torch", "sparse and nested tensors are torch's own")
+_SMALL = Path("torch", "at this size torch's operator has the same bits and launches sooner (torch_sigmoid.ops.torch_below)")
+_torch_path = cache(lambda reason: Path("torch", reason))
 
 
-def path(input: Tensor) -> Path:
-    """Which path `sigmoid(input)` takes, and why.
+def path(input: Tensor, save: str = "output") -> Path:
+    """Which path `sigmoid(input, save=save)` takes, and why.
 
     Args:
         input: the tensor that would be passed.
+        save: the `save` that would be passed.
 
     Returns:
         `Path(name, reason)` with the name "triton", "traced" or "torch".
 
     Raises:
         TypeError: `input` is not a tensor.
+        ValueError: `save` is neither "output" nor "input".
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"path(): input must be a torch.Tensor, got {type(input).__name__}")
+    check_save(save)
+    return _SMALL if save == "output" and _is_small(input) else _path(input)
+
+
+def _is_small(input: Tensor) -> bool:
+    """Whether torch's operator gives the kernels' bits under save="output", derivatives included, and costs less."""
+    return input.dtype in _WIDE_DTYPES and not _is_compiling() and input.numel() < ops.torch_below
+
+
+def _path(input: Tensor) -> Path:
     if input.dtype not in _FLOAT_DTYPES:
-        return Path("torch", f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
+        return _torch_path(f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
     if input.layout is not torch.strided or input.is_nested:
-        return Path("torch", "sparse and nested tensors are torch's own")
+        return _SPARSE_OR_NESTED
     if ops.only_torch_operators_are_seen():
         return _TRACED
     if type(input) not in ops.PLAIN_TYPES:
-        return Path("torch", f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
+        return _torch_path(f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
     refusal = ops.kernels_refusal(input.device)
-    if refusal is not None:
-        return Path("torch", refusal)
-    return _INTERPRETED if ops.kernels.INTERPRETED else _TRITON
+    return _TRITON if refusal is None else _torch_path(refusal)
 
 
 def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
@@ -71,7 +92,7 @@ def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
         return True
     if save == "input":
         return False
-    return input.dtype.itemsize > 2 or (input.dtype is torch.bfloat16 and input.device.type == "cpu")
+    return input.dtype in _WIDE_DTYPES or (input.dtype is torch.bfloat16 and input.device.type == "cpu")
 
 
 def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -> Tensor:
@@ -102,18 +123,19 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         if has_torch_function_unary(input):
             return handle_torch_function(sigmoid, (input,), input, save=save, out=out)
         raise TypeError(f"sigmoid(): input must be a torch.Tensor, got {type(input).__name__}")
-    check_save(save)
+    if save not in SAVE_MODES:
+        check_save(save)
     if out is not None:
         return _sigmoid_out(input, out)
-    chosen = path(input).name
-    if chosen == "traced":
+    if save == "output" and input.dtype in _WIDE_DTYPES and not _is_compiling() and input.numel() < ops.torch_below:
+        return torch.sigmoid(input)
+    chosen = _path(input)
+    if chosen is _TRITON:
+        return autograd.sigmoid(input, save)
+    if chosen is _TRACED:
         # From the output, Inductor computes torch's own gradient as we do: in fp32, rounded once.
         return ops.sigmoid_for_tracing(input) if save == "input" else torch.sigmoid(input)
-    if chosen == "torch" and _torch_gradient_suffices(input, save):
-        return torch.sigmoid(input)
-    if autograd.needs_function(input):
-        return autograd.apply_sigmoid(input, save)
-    return ops.sigmoid_forward(input)
+    return torch.sigmoid(input) if _torch_gradient_suffices(input, save) else autograd.sigmoid(input, save)
 
 
 def sigmoid_(input: Tensor) -> Tensor:
@@ -145,6 +167,33 @@ def sigmoid_(input: Tensor) -> Tensor:
     if input._is_view():
         return input.copy_(sigmoid(input))
     return autograd.SigmoidInplaceFunction.apply(input)
+
+
+def warmup(
+    device: torch.device | str | int | None = None,
+    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+) -> None:
+    """Compile the kernels and load them onto a device, so that no training step and no CUDA-graph capture has to.
+
+    Covers forward, backward and double backward of both `save` modes, for tensors that are dense in one memory format at
+    any size, and for the expanded upstream gradients of `.sum().backward()`. Slices and transposes compile when they first
+    come. Compilations are kept on disk by Triton, so a second process only loads them. Does nothing where no kernel runs.
+
+    Args:
+        device: by default the current accelerator, or the CPU without one.
+        dtypes: any of float64, float32, float16 and bfloat16.
+
+    Raises:
+        ValueError: a dtype that has no kernels.
+    """
+    dtypes = tuple(dtypes)
+    for dtype in dtypes:
+        if dtype not in _FLOAT_DTYPES:
+            raise ValueError(f"warmup(): dtypes must be among float64, float32, float16 and bfloat16, got {dtype}")
+    device = torch.empty(0, device=torch.accelerator.current_accelerator() if device is None else device).device
+    if ops.kernels_refusal(device) is None:
+        for dtype in dtypes:
+            ops.kernels.warmup(device, dtype)
 
 
 def check_save(save: str) -> None:

@@ -13,10 +13,20 @@ from torch import Tensor
 from . import kernels
 
 aten_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+_sigmoid_backward_into = torch.ops.aten.sigmoid_backward.grad_input
 
 # Triton's code generation for NVIDIA starts at Turing.
 MINIMUM_CAPABILITY = (7, 5)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+# False where no tensor of this process can reach a kernel, whatever its device.
+KERNELS_EXIST = not kernels.UNAVAILABLE and (
+    kernels.INTERPRETED or bool(torch.version.cuda or torch.version.hip or torch.version.xpu)
+)
+# Below this many elements torch's operator runs wherever its bits are ours (N1: on NVIDIA), because a launch from Python
+# costs more than one from C++. At 2²² fp32 elements the kernels of a forward and a backward take about 20 µs at 4.3 TB/s,
+# which hides the launches; that is arithmetic on an H200's bandwidth, not a measurement. 0 always takes the kernels.
+torch_below = 2**22 if torch.version.cuda else 0
 
 
 @cache
@@ -47,6 +57,13 @@ def _plain_key_sets() -> frozenset[int]:
 
 
 _PLAIN_KEY_SETS = _plain_key_sets()
+_dispatch_keys = torch._C._dispatch_keys
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_transforms_active = torch._C._are_functorch_transforms_active
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _Transform = torch._C._functorch.TransformType
 
@@ -57,22 +74,35 @@ def has_plain_storage(tensor: Tensor) -> bool:
     They do not for a functorch wrapper or a batched gradient, a subclass or fake tensor, a lazily negated or zero tensor:
     each of these has a type or a dispatch key of its own.
     """
-    return type(tensor) in PLAIN_TYPES and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
+    return type(tensor) in PLAIN_TYPES and _dispatch_keys(tensor).raw_repr() in _PLAIN_KEY_SETS
 
 
 def modes_listen() -> bool:
-    """Whether a dispatch mode records operators, among them make_fx, which keeps a second stack for pre_dispatch=True."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    """Whether a dispatch mode records operators, among them make_fx, which keeps a second stack for pre_dispatch=True and enters
+    a function mode with it."""
+    return _dispatch_modes() > 0 or (_function_modes() > 0 and _is_dispatch_key_included(_PRE_DISPATCH))
 
 
-def _launchable(*tensors: Tensor) -> bool:
-    """Whether a kernel may run on these tensors: plain ones, on a device Triton drives, and nobody records operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(has_plain_storage(tensor) for tensor in tensors)
-        and kernels_refusal(tensors[0].device) is None
-        and not modes_listen()
-    )
+def _launchable(first: Tensor, *others: Tensor) -> bool:
+    """Whether a kernel may run on these tensors: plain ones, on one device Triton drives, and nobody records operators.
+
+    What `has_plain_storage` tells is asked for at a third of its cost: torch gives no data pointer, or 0, where memory does
+    not hold the values, and of what has one only lazily negated and nested tensors are not read by their strides.
+    """
+    if _is_compiling() or modes_listen():
+        return False
+    if kernels_refusal(first.device) is not None or first.is_nested:
+        return False
+    index = first.get_device()
+    try:
+        if type(first) not in PLAIN_TYPES or first.data_ptr() == 0 or first.is_neg():
+            return False
+        for tensor in others:
+            if type(tensor) not in PLAIN_TYPES or tensor.data_ptr() == 0 or tensor.is_neg() or tensor.get_device() != index:
+                return False
+    except RuntimeError:
+        return False
+    return True
 
 
 def _transform_levels() -> list:
@@ -87,12 +117,9 @@ def forward_mode_is_nested() -> bool:
 
 def only_torch_operators_are_seen() -> bool:
     """Whether a Function would be refused, by a tracer, or lose tangents, so that torch operators must take its place."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _Transform.Functionalize in _transform_levels()
-        or forward_mode_is_nested()
-    )
+    if _is_compiling() or _is_tracing():
+        return True
+    return _transforms_active() and (_Transform.Functionalize in _transform_levels() or forward_mode_is_nested())
 
 
 def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +128,7 @@ def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def sigmoid_forward(input: Tensor) -> Tensor:
     """σ(x)."""
-    if _launchable(input):
+    if input.numel() >= torch_below and _launchable(input):
         return kernels.sigmoid_forward(input)
     return torch.sigmoid(input)
 
@@ -128,6 +155,10 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ'."""
     if _launchable(saved, grad_output):
         return kernels.sigmoid_backward(grad_output, saved, from_input=save == "input")
+    if save == "input" and saved.dtype is torch.float32 and has_plain_storage(saved) and has_plain_storage(grad_output):
+        # The formula below, in the memory of its result: on a CPU a large temporary costs more than the arithmetic.
+        smaller = saved.abs().neg_().sigmoid_()
+        return _sigmoid_backward_into(grad_output, smaller, grad_input=smaller)
     return sigmoid_backward_formula(grad_output, saved, save)
 
 

@@ -37,7 +37,7 @@ def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
         if type(module) is torch.nn.Sigmoid:
             module.__class__ = Sigmoid
             module._replaced = True
-            module.inplace = False
+            module._mode = save
         if getattr(module, "_replaced", False):
             module.save = save
     return model
@@ -47,7 +47,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     """Undo `replace`: the modules it changed are `torch.nn.Sigmoid` again. Returns `model`."""
     for module in _modules(model, "restore"):
         if type(module) is Sigmoid and module.__dict__.pop("_replaced", False):
-            del module.save, module.inplace
+            del module._mode
             module.__class__ = torch.nn.Sigmoid
     return model
 

@@ -1,0 +1,88 @@
+"""A GPU that is not there: Triton compiles and launches for an sm_90 whose driver returns at once, on CPU tensors.
+
+What is left of an operator is what its dispatch and its launch cost on the host; its results are the uninitialised memory of
+the outputs. `environment` builds the driver and says how to start a process with it, in which `activate` puts it in place.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("stub_cuda.c")
+
+
+def unavailable() -> str | None:
+    """Why there can be no such process here; None where there can."""
+    from torch_sigmoid import kernels
+
+    if kernels.UNAVAILABLE:
+        return kernels.UNAVAILABLE
+    if compiler() is None:
+        return "there is no C compiler (cc, gcc or clang) to build the stub of the CUDA driver"
+    return None
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Build the driver in `folder`; the environment for a process that finds it in place of NVIDIA's."""
+    library = folder / "libcuda.so.1"
+    command = [compiler(), "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE]
+    subprocess.run(command, check=True)
+    (folder / "libcuda.so").symlink_to(library.name)
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    # Nothing compiled for the stub may reach, or come from, the cache of a real GPU.
+    return inherited | {
+        "LD_LIBRARY_PATH": ":".join(paths),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(Path(tempfile.gettempdir()) / "torch_sigmoid-stub-cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def activate():
+    """Make CPU tensors take the kernels' path, as if they were on the GPU that the stub pretends to be."""
+    import triton.backends.nvidia.driver as nvidia
+    from triton.runtime.driver import driver
+
+    from torch_sigmoid import nn, ops
+
+    class StubDriver(nvidia.CudaDriver):
+        def __init__(self):
+            self.utils = nvidia.CudaUtils()
+            self.launcher_cls = nvidia.CudaLauncher
+            self.device = -1  # the index that tensors on a CPU have
+            self.get_current_device = lambda: self.device
+            self.set_current_device = lambda device: None
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device=None: (9, 0)
+
+    driver.set_active(StubDriver())
+    ops.kernels_refusal = lambda device: None
+    nn._TORCH_ALONE = False
+
+
+class Launch(ctypes.Structure):
+    """The stub's record of its last launch."""
+
+    _fields_ = (
+        ("launches", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
+        ("grid", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("parameters", ctypes.c_uint64 * 32),
+    )
+
+
+def last_launch(n_parameters: int) -> Launch:
+    """The record, live; from now on it holds the first `n_parameters` parameters of each launch."""
+    library = ctypes.CDLL("libcuda.so.1")
+    library.stub_expect(n_parameters)
+    library.stub_last.restype = ctypes.POINTER(Launch)
+    return library.stub_last().contents

@@ -1,0 +1,290 @@
+"""Run by test_launch.py in a process whose GPU is the stub of benchmarks/stub.py: what kept launches hand to the driver.
+
+Each `check_` provokes one hazard of keeping compilations. Prints a JSON object: the name of each check, and its failure.
+"""
+
+import itertools
+import json
+import os
+import random
+import traceback
+
+import torch
+from triton import knobs
+from triton.runtime.driver import driver
+
+import torch_sigmoid
+from benchmarks import stub
+
+stub.activate()
+
+from torch_sigmoid import kernels, ops
+from torch_sigmoid.kernels import launch
+from torch_sigmoid.kernels import sigmoid as operator
+
+BACKWARD = operator._backward[False]
+# Three pointers, then strides and n as far as the compiler did not fold them: 8 bytes are read of each.
+N_POINTERS = 3
+record = stub.last_launch(N_POINTERS)
+
+
+def launch_backward(grad, saved, launcher=BACKWARD, output=None):
+    """The function, grid and stream that the driver was handed, along with the right pointers."""
+    if output is None:
+        output = torch.empty_like(saved, dtype=grad.dtype)
+    before = record.launches
+    launcher((grad, saved), (output,))
+    assert record.launches == before + 1, "one launch"
+    assert list(record.parameters[:N_POINTERS]) == [tensor.data_ptr() for tensor in (grad, saved, output)]
+    return record.function, record.grid, record.stream
+
+
+def operands(n, dtype, offset=0, grad_offset=0):
+    return torch.empty(n + 16, dtype=dtype)[grad_offset : grad_offset + n], torch.empty(n + 16, dtype=dtype)[
+        offset : offset + n
+    ]
+
+
+def rows(n, width, stride, dtype):
+    return torch.empty(n, width, dtype=dtype), torch.empty(n, stride, dtype=dtype)[:, :width]
+
+
+def variants():
+    """Pairs of tensors that differ in all that a compilation depends on."""
+    for dtype, n in itertools.product((torch.float32, torch.bfloat16, torch.float64), (1, 2, 15, 16, 17, 1024, 1030)):
+        yield operands(n, dtype)
+    for offset, grad_offset in itertools.product((0, 1, 8), (0, 1, 4)):
+        yield operands(1024, torch.bfloat16, offset, grad_offset)
+    for stride in (48, 41, 64):
+        yield rows(33, 40, stride, torch.float32)
+    yield torch.empty(()).expand(1024), torch.empty(1024)
+    yield torch.empty(40, 1).expand(40, 33), torch.empty(40, 33)
+    yield torch.empty(33, 40).t(), torch.empty(40, 33)
+    yield torch.empty(1024, dtype=torch.float32), torch.empty(1024, dtype=torch.bfloat16)
+    # Never touched, so never backed by memory: 32-bit offsets, 64-bit offsets, a 64-bit size.
+    for n in (2**31 - 2**17, 2**31 - 2**10, 2**31 + 16):
+        yield operands(n, torch.bfloat16)
+
+
+def check_a_kept_launch_is_what_triton_itself_would_launch():
+    fresh = launch.Launcher(operator.sigmoid_backward_kernel, FROM_INPUT=False)
+    pairs = [pair for pair in variants() for _ in range(2)]
+    random.Random(0).shuffle(pairs)
+    kept = 0
+    for grad, saved in pairs:
+        fresh.kept.clear()
+        expected = launch_backward(grad, saved, fresh)
+        entries = len(BACKWARD.kept)
+        assert launch_backward(grad, saved) == expected, (grad.shape, grad.stride(), saved.stride(), grad.dtype)
+        kept += len(BACKWARD.kept) == entries
+        assert launch_backward(grad, saved) == expected
+    assert kept >= len(pairs) // 2, "the second of each pair was launched from what the first had left"
+
+
+def check_an_output_off_its_alignment_is_another_launch():
+    grad, saved = operands(1024, torch.float32)
+    aligned, shifted = torch.empty(1024), torch.empty(1025)[1:]
+    BACKWARD.kept.clear()
+    functions = [launch_backward(grad, saved, output=output)[0] for output in (aligned, shifted, aligned, shifted)]
+    assert functions[0] == functions[2] != functions[1] == functions[3]
+
+
+def through_triton(call):
+    """How many launches of `call` went through `kernel[grid]`."""
+    original, count = launch.Launcher._launch, 0
+
+    def counted(self, *arguments):
+        nonlocal count
+        count += 1
+        return original(self, *arguments)
+
+    launch.Launcher._launch = counted
+    try:
+        call()
+    finally:
+        launch.Launcher._launch = original
+    return count
+
+
+PAIR = operands(640, torch.float32)
+
+
+def usual():
+    return launch_backward(*PAIR)
+
+
+def check_the_second_launch_is_kept():
+    BACKWARD.kept.clear()
+    assert through_triton(usual) == 1
+    assert through_triton(usual) == 0
+
+
+def check_hooks_see_every_launch():
+    usual()
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        seen = []
+        chain.add(seen.append)
+        try:
+            usual()
+            usual()
+        finally:
+            chain.remove(seen.append)
+        assert len(seen) == 2, seen
+        assert through_triton(usual) == 0
+
+
+def check_a_hook_set_by_assignment_sees_every_launch():
+    usual()
+    before, seen = knobs.runtime.launch_enter_hook, []
+    knobs.runtime.launch_enter_hook = seen.append
+    try:
+        usual()
+    finally:
+        knobs.runtime.launch_enter_hook = before
+    assert len(seen) == 1
+
+
+def check_a_pre_run_hook_sees_every_launch():
+    usual()
+    seen = []
+    BACKWARD.kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(1))
+    try:
+        usual()
+    finally:
+        BACKWARD.kernel.pre_run_hooks.clear()
+    assert len(seen) == 1
+
+
+def check_debugging_goes_through_triton():
+    usual()
+    knobs.runtime.debug = True
+    try:
+        assert through_triton(usual) == 1
+    finally:
+        knobs.runtime.debug = False
+
+
+def check_another_current_device_goes_through_triton():
+    kept = usual()
+    driver.active.device = 0
+    try:
+        assert through_triton(usual) == 1
+        assert record.function != kept[0], "loaded anew for that device"
+    finally:
+        driver.active.device = -1
+    assert usual() == kept
+
+
+def check_the_current_stream_is_asked_for_at_every_launch():
+    usual()
+    BACKWARD.kept.clear()
+    streams = iter(range(16, 1000, 16))
+    original = driver.active.get_current_stream
+    driver.active.get_current_stream = lambda device: next(streams)
+    try:
+        assert [usual()[2] for _ in range(3)] == [16, 32, 48]
+    finally:
+        driver.active.get_current_stream = original
+        BACKWARD.kept.clear()
+
+
+def check_another_driver_goes_through_triton():
+    usual()
+    before = driver.active
+    driver.set_active(type(before)())
+    try:
+        assert through_triton(usual) == 1
+        assert through_triton(usual) == 0
+    finally:
+        driver.set_active(before)
+    assert through_triton(usual) == 1
+
+
+def check_a_forked_process_keeps_nothing():
+    usual()
+    child = os.fork()
+    if child == 0:
+        os._exit(len(BACKWARD.kept) + len(operator._forward.kept))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert BACKWARD.kept
+
+
+def check_an_unknown_version_of_triton_keeps_nothing():
+    BACKWARD.kept.clear()
+    assert launch.KEEPS_COMPILATIONS
+    launch.KEEPS_COMPILATIONS = False
+    try:
+        assert [through_triton(usual) for _ in range(3)] == [1, 1, 1]
+    finally:
+        launch.KEEPS_COMPILATIONS = True
+
+
+def check_a_launch_that_was_refused_is_not_kept():
+    pair = operands(640, torch.float16)
+    launcher = launch.Launcher(operator.sigmoid_backward_kernel, FROM_INPUT=True)
+    for device_caches in operator.sigmoid_backward_kernel.device_caches.values():
+        device_caches[0].clear()
+    knobs.runtime.jit_cache_hook = lambda **_: True
+    try:
+        launcher(pair, (torch.empty_like(pair[0]),))
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    assert not launcher.kept
+
+
+def check_no_more_is_kept_than_the_limit():
+    BACKWARD.kept.clear()
+    before = launch.MAX_KEPT
+    launch.MAX_KEPT = 3
+    try:
+        for n in range(100, 120):
+            launch_backward(*operands(n, torch.float32))
+            assert len(BACKWARD.kept) <= 3
+    finally:
+        launch.MAX_KEPT = before
+
+
+def check_empty_tensors_launch_nothing():
+    before = record.launches
+    empty = torch.empty(0, 3)
+    kernels.sigmoid_backward(empty, empty, False)
+    assert record.launches == before
+
+
+def check_after_warmup_nothing_is_compiled():
+    compiled = []
+    torch_sigmoid.warmup("cpu", [torch.float32, torch.bfloat16])
+    below, ops.torch_below = ops.torch_below, 0
+    knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
+    try:
+        for dtype, shape, save in itertools.product(
+            (torch.float32, torch.bfloat16), ((1,), (64,), (3, 1000, 7)), ("output", "input")
+        ):
+            x = torch.empty(shape, dtype=dtype, requires_grad=True)
+            torch_sigmoid.sigmoid(x, save=save).sum().backward()
+            (grad,) = torch.autograd.grad(
+                torch_sigmoid.sigmoid(x, save=save), x, torch.empty(shape, dtype=dtype), create_graph=True
+            )
+            torch.autograd.grad(grad, x, torch.empty(shape, dtype=dtype))
+        assert not compiled
+        torch_sigmoid.sigmoid(torch.empty(8, 40)[:, :33])
+        assert compiled, "a slice compiles when it first comes, so the hook works"
+    finally:
+        ops.torch_below = below
+        knobs.runtime.jit_post_compile_hook = None
+
+
+def main():
+    failures = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                failures[name] = None
+            except Exception:
+                failures[name] = traceback.format_exc()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()
