@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test lint accuracy clean
+.PHONY: train test lint bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -18,9 +18,18 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Measures the gradient errors and rewrites the README's table and figures with them.
-accuracy: $(VENV)/installed
-	$(RUN) -m benchmarks.accuracy $(ARGS)
+# Measures what this machine can measure, into benchmarks/results/.
+bench: $(VENV)/installed
+	$(RUN) -m benchmarks $(ARGS)
+
+# Draws every figure and writes every table of the README from benchmarks/results/.
+figures: $(VENV)/installed
+	$(RUN) -m benchmarks.figures $(ARGS)
+
+# On a machine with a GPU and torch: tests, exhaustive numerics, speed, host and memory, without an install.
+OUT ?= runs/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,30 +1,23 @@
-"""Measure the gradient errors of torch and of ours over every 16-bit input, and rewrite the README's table and figures.
+"""How far values and gradients are from the truth, torch's and ours.
 
-For each dtype: relative error against the true derivative (mpmath for the exact values of every finite 16-bit input, float64
-for a sample of fp32), over the inputs whose true derivative is a normal number of that dtype.
+Every finite 16-bit input and a grid of fp32: the gradient against σ' = e/(1+e)², e = e^-|x|, in float64, which loses nothing.
+Counted are the inputs whose true derivative is a normal number of the dtype. On a GPU also every one of the 2³² fp32 patterns:
+whether the forward is torch's bit for bit (N1), and the worst errors in ulp; a bit that differs is a failure there.
 """
 
 import argparse
-import csv
 import functools
-import json
-import platform
 import sys
 from pathlib import Path
 
-import matplotlib
-import mpmath
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import torch_sigmoid
+from torch_sigmoid import ops
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from . import record
 
-ROOT = Path(__file__).parent.parent
-MARKERS = ("<!-- accuracy: written by `make accuracy` -->", "<!-- end of accuracy -->")
 PROVIDERS = {
     "torch.sigmoid": torch.sigmoid,
     'ours, save="output"': torch_sigmoid.sigmoid,
@@ -32,7 +25,11 @@ PROVIDERS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BIN_WIDTH = 0.25  # of x, in the figure
+REACH = {torch.bfloat16: 12, torch.float16: 12, torch.float32: 25}
 AT = {torch.bfloat16: (4.0, 5.0, 6.0, 8.0), torch.float16: (4.0, 6.0, 8.0, 9.0), torch.float32: (8.0, 12.0, 15.0, 20.0)}
+CHUNK = 1 << 26
+# Below it e^-|x| is subnormal in fp32, and N3 says nothing.
+FP32_REACH = 87.0
 
 
 def inputs(dtype):
@@ -43,138 +40,145 @@ def inputs(dtype):
     return torch.cat([torch.linspace(-87, 87, 100_001, dtype=torch.float64), torch.tensor(AT[dtype])]).to(dtype)
 
 
-def true_derivative(x, label):
-    with mpmath.workdps(40):
-        values = [mpmath.exp(-abs(mpmath.mpf(v))) for v in tqdm(x.tolist(), desc=f"exact values, {label}", unit="value")]
-        return np.array([float(e / (1 + e) ** 2) for e in values])
+def true_derivative(x):
+    e = torch.exp(-x.double().abs())
+    return e / (1 + e) ** 2
 
 
 def gradient(function, x):
     x = x.detach().requires_grad_()
     y = function(x)
-    return torch.autograd.grad(y, x, torch.ones_like(y))[0].double().cpu().numpy()
+    return torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
 
-def name_of(dtype):
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+def worst_by_bin(x, error, reach):
+    """The largest error in each bin of 0 ≤ x ≤ reach."""
+    keep = (x >= 0) & (x <= reach)
+    bins = np.floor(x[keep] / BIN_WIDTH).astype(int)
+    worst = np.zeros(bins.max() + 1)
+    np.maximum.at(worst, bins, error[keep])
+    return [float(f"{value:.4g}") for value in worst]
 
 
 def measure(device):
     """One row a dtype and provider, and the curves of the figure."""
-    rows, curves = [], {}
-    for dtype in DTYPES:
+    rows, curves = [], []
+    for dtype, (provider, function) in record.progress(
+        [(dtype, item) for dtype in DTYPES for item in PROVIDERS.items()], "gradients"
+    ):
         x = inputs(dtype)
-        exact = true_derivative(x, name_of(dtype))
+        exact = true_derivative(x).numpy()
         normal = exact >= torch.finfo(dtype).smallest_normal
-        positions = x.double().numpy()
-        for provider, function in PROVIDERS.items():
-            actual = gradient(function, x.to(device))
-            error = np.abs(actual - exact) / exact.clip(min=torch.finfo(dtype).smallest_normal)
-            lost = normal & (actual == 0)
-            row = {
-                "dtype": name_of(dtype),
-                "provider": provider,
-                "inputs": int(normal.sum()),
-                "flushed_to_0": int(lost.sum()),
-                "over_1_percent": int((error[normal] > 0.01).sum()),
-                "largest_relative_error": float(error[normal].max()),
-            }
-            for at in AT[dtype]:
-                row[f"error_at_{at:g}"] = float(error[np.flatnonzero(positions == at)[0]])
-            rows.append(row)
-            curves[dtype, provider] = (positions, error, normal)
+        positions = x.double().numpy()[normal]
+        actual = gradient(function, x.to(device)).double().cpu().numpy()[normal]
+        exact = exact[normal]
+        error = np.abs(actual - exact) / exact
+        row = {
+            "dtype": record.short(dtype),
+            "provider": provider,
+            "inputs": len(exact),
+            "flushed to 0": int((actual == 0).sum()),
+            "over 1 %": int((error > 0.01).sum()),
+            "largest relative error": float(f"{error.max():.4g}"),
+        }
+        for at in AT[dtype]:
+            row[f"error at {at:g}"] = float(f"{error[np.flatnonzero(positions == at)[0]]:.4g}")
+        rows.append(row)
+        curves.append({"dtype": row["dtype"], "provider": provider, "worst": worst_by_bin(positions, error, REACH[dtype])})
     return rows, curves
 
 
-def percent(value):
-    return "0" if value == 0 else f"{100 * value:.2g} %" if value < 0.995 else "**100 %**"
-
-
-def table(rows, environment):
-    lines = [
-        "| dtype | gradient by | lost (exactly 0) | more than 1 % off | largest error | at x = … |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        prefix = "error_at_"
-        at = ", ".join(f"{key.removeprefix(prefix)}: {percent(row[key])}" for key in row if key.startswith(prefix))
-        lines.append(
-            f"| {row['dtype']} | {row['provider']} | {row['flushed_to_0']} of {row['inputs']} | {row['over_1_percent']} |"
-            f" {percent(row['largest_relative_error'])} | {at} |"
-        )
-    source = f"Measured on {environment['device']}, torch {environment['torch']}, path {environment['path']}"
-    return "\n".join([*lines, "", f"{source}; [the numbers]({environment['file']})."])
-
-
-def draw_errors(curves, path):
-    figure, panels = plt.subplots(1, len(DTYPES), figsize=(12, 3.8), constrained_layout=True, sharey=True)
-    for panel, dtype in zip(panels, DTYPES):
-        for provider, style in zip(PROVIDERS, ("-", "--", "-")):
-            x, error, normal = curves[dtype, provider]
-            keep = normal & (x >= 0) & (x <= (25 if dtype is torch.float32 else 12))
-            bins = np.floor(x[keep] / BIN_WIDTH).astype(int)
-            worst = np.zeros(bins.max() + 1)
-            np.maximum.at(worst, bins, error[keep])
-            panel.semilogy(np.arange(len(worst)) * BIN_WIDTH, worst, style, label=provider)
-        panel.set(title=name_of(dtype), xlabel="x", ylim=(1e-8, 3))
-    panels[0].set_ylabel("largest relative error of the gradient")
-    panels[0].legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_sigmoid(device, path):
-    """σ and σ' as the package computes them, and the σ' that bf16 leaves of it."""
-    x = torch.linspace(-10, 10, 801, device=device)
+def samples(device):
+    """σ, σ' and the σ' that bf16 leaves, on a grid: the figure beside the formula."""
+    x = torch.linspace(-10, 10, 401, device=device)
     rounded = x.bfloat16()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    panels[0].plot(x.cpu(), torch_sigmoid.sigmoid(x).cpu(), label="σ(x)")
-    panels[0].plot(x.cpu(), gradient(PROVIDERS['ours, save="input"'], x), label="σ'(x)")
-    panels[0].set(xlabel="x")
-    panels[0].legend()
-    for provider, style in (('ours, save="input"', "-"), ("torch.sigmoid", "--")):
-        panels[1].semilogy(rounded.float().cpu(), gradient(PROVIDERS[provider], rounded), style, label=f"{provider}, bf16")
-    panels[1].set(xlabel="x", ylabel="σ'(x)")
-    panels[1].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def update_readme(text):
-    readme = ROOT / "README.md"
-    content = readme.read_text()
-    before, rest = content.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    readme.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    folder = ROOT / "benchmarks" / "results" / (device.type if device.type == "cpu" else device_name.replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "device": device_name,
-        "torch": torch.__version__,
-        "path": torch_sigmoid.path(torch.empty(1, device=device)).name,
-        "file": (folder / "accuracy.csv").relative_to(ROOT).as_posix(),
+    by = {name: gradient(PROVIDERS[name], rounded) for name in ("torch.sigmoid", 'ours, save="input"')}
+    columns = {
+        "x": x,
+        "sigma": torch_sigmoid.sigmoid(x),
+        "derivative": gradient(PROVIDERS['ours, save="input"'], x),
+        "bf16 x": rounded,
+        "bf16 derivative by torch.sigmoid": by["torch.sigmoid"],
+        'bf16 derivative by ours, save="input"': by['ours, save="input"'],
     }
-    rows, curves = measure(device)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(folder / "accuracy.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "accuracy.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    draw_errors(curves, folder / "gradient_errors.png")
-    draw_sigmoid(device, folder / "sigmoid.png")
-    text = table(rows, environment)
-    update_readme(text)
-    print(text)
-    return 0
+    return {name: [float(f"{value:.5g}") for value in column.tolist()] for name, column in columns.items()}
+
+
+def fp32_patterns(device):
+    for start in range(-(2**31), 2**31, CHUNK):
+        yield torch.arange(start, start + CHUNK, device=device).to(torch.int32).view(torch.float32)
+
+
+def patterns_16_bit(dtype, device):
+    return torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
+
+
+def ulps(actual, exact):
+    """Errors in ulps of the exact value, in the dtype of `actual`."""
+    info = torch.finfo(actual.dtype)
+    exponent = torch.floor(torch.log2(exact.abs().clamp(min=info.smallest_normal)))
+    return (actual.double() - exact).abs() / (torch.exp2(exponent) * info.eps)
+
+
+def exhaustive(device):
+    """Every pattern of fp16, bf16 and fp32: bits that differ from torch's forward, and the worst errors."""
+    rows = []
+    for dtype in DTYPES:
+        chunks = fp32_patterns(device) if dtype is torch.float32 else [patterns_16_bit(dtype, device)]
+        total = 2**32 // CHUNK if dtype is torch.float32 else 1
+        integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        row = dict.fromkeys(("inputs", "bits not torch's", "first at", "ulp of torch", "ulp of ours", "ulp of the gradient"), 0)
+        row["first at"] = None
+        for x, _ in zip(chunks, record.progress(range(total), f"every {record.short(dtype)}")):
+            ours, theirs = torch_sigmoid.sigmoid(x), torch.sigmoid(x)
+            differ = (ours.view(integers) != theirs.view(integers)) & ~(ours.isnan() & theirs.isnan())
+            row["inputs"] += x.numel()
+            row["bits not torch's"] += int(differ.sum())
+            if row["first at"] is None and bool(differ.any()):
+                row["first at"] = x[differ][0].item()
+            finite = x.isfinite()
+            exact = torch.sigmoid(x.double())
+            normal = finite & (exact >= torch.finfo(dtype).smallest_normal)
+            derivative = true_derivative(x)
+            counted = finite & (derivative >= torch.finfo(dtype).smallest_normal) & (x.abs() < FP32_REACH)
+            slopes = gradient(PROVIDERS['ours, save="input"'], x)
+            for name, actual, truth, mask in (
+                ("ulp of torch", theirs, exact, normal),
+                ("ulp of ours", ours, exact, normal),
+                ("ulp of the gradient", slopes, derivative, counted),
+            ):
+                if bool(mask.any()):
+                    row[name] = max(row[name], round(ulps(actual, truth)[mask].max().item(), 4))
+        rows.append({"dtype": record.short(dtype)} | row)
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=record.default_device())
+    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    parser.add_argument("--only-exhaustive", action="store_true", help="leave out the comparison over x")
+    arguments = parser.parse_args(argv)
+    device, status = arguments.device, 0
+    # The kernels are measured, also where a small tensor would go to torch's operator.
+    ops.torch_below = 0
+    about = record.environment(device) | {"path": torch_sigmoid.path(torch.empty(1, device=device)).name}
+    folder = record.folder_of(device, arguments.out)
+    if not arguments.only_exhaustive:
+        rows, curves = measure(device)
+        record.write(folder, "accuracy", rows, about, bin_width=BIN_WIDTH, curves=curves, samples=samples(device))
+        record.show(f"Gradients on {record.device_name(device)}", rows)
+    if device.type == "cpu":
+        print("accuracy: no GPU, so no comparison over all 2³² fp32 inputs")
+        return 0
+    rows = exhaustive(device)
+    record.write(folder, "exhaustive", rows, about)
+    record.show(f"Every input, on {record.device_name(device)}", rows)
+    for row in rows:
+        if count := row["bits not torch's"]:
+            print(f"accuracy: FAILED, N1: {count} values of {row['dtype']} differ from torch's")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+# As on NVIDIA GPUs.
+TORCH_BELOW = 2**22
 SOURCE = Path(__file__).with_name("stub_cuda.c")
 
 
@@ -65,6 +67,7 @@ def activate():
 
     driver.set_active(StubDriver())
     ops.kernels_refusal = lambda device: None
+    ops.torch_below = TORCH_BELOW
     nn._TORCH_ALONE = False
 
 

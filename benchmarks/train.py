@@ -148,23 +148,36 @@ def compare_saturated(task, arguments):
     return runs
 
 
-def smooth(losses, steps_per_epoch):
-    return torch.tensor(losses).unfold(0, steps_per_epoch, steps_per_epoch).mean(1).tolist()
+def draw(runs, epochs, title, path):
+    """Mean loss of each epoch, one panel a data set; the second curve is dashed, so that equal curves both show.
 
-
-def draw(figures, title, path):
-    """Mean loss of each epoch, one panel a data set; the second curve is dashed, so that equal curves both show."""
-    figure, panels = plt.subplots(1, len(figures), figsize=(10, 4.8), constrained_layout=True)
+    `runs` is what train.json holds of one comparison: by data set and layer, the losses and the accuracy.
+    """
+    figure, panels = plt.subplots(1, len(runs), figsize=(10, 4.8), constrained_layout=True)
     styles = ("-", "--", "-.")
-    for panel, (task, runs) in zip(panels, figures):
-        steps_per_epoch = -(-len(task.train_inputs) // BATCH_SIZE)
-        for (name, run), style in zip(runs.items(), styles):
-            panel.plot(smooth(run.losses, steps_per_epoch), style, label=f"{name} (accuracy {run.accuracy:.3f})")
-        panel.set(title=task.name, xlabel="epoch", ylabel="mean training loss", yscale="log")
+    for panel, (task, by_layer) in zip(panels, runs.items()):
+        for (name, run), style in zip(by_layer.items(), styles):
+            by_epoch = torch.tensor(run["losses"]).view(epochs, -1).mean(1)
+            panel.plot(by_epoch.tolist(), style, label=f"{name} (accuracy {run['accuracy']:.3f})")
+        panel.set(title=task, xlabel="epoch", ylabel="mean training loss", yscale="log")
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_all(results, folder):
+    """The figures of train.json; their paths."""
+    titles = {
+        "plain": (f"{results['dtype']}: the same seed with either layer", "loss.png"),
+        "saturated": (f"bf16 autocast, sigmoid layers started at σ({SATURATING_BIAS:g})", "loss_saturated.png"),
+    }
+    paths = []
+    for kind, (title, name) in titles.items():
+        if results["runs"][kind]:
+            draw(results["runs"][kind], int(results["epochs"]), title, folder / name)
+            paths.append(folder / name)
+    return paths
 
 
 def parse(argv):
@@ -245,12 +258,8 @@ def main(argv=None):
     }
     (arguments.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
     if not arguments.interpret:
-        for group, title, name in (
-            (plain, f"{arguments.dtype}: the same seed with either layer", "loss.png"),
-            (saturated, f"bf16 autocast, sigmoid layers started at σ({SATURATING_BIAS:g})", "loss_saturated.png"),
-        ):
-            draw(group, title, arguments.out / name)
-            console.print(f"figure {arguments.out / name}")
+        for path in draw_all(results, arguments.out):
+            console.print(f"figure {path}")
     console.print(f"numbers {arguments.out / 'train.json'}")
     for failure in failures:
         console.print(f"FAILED {failure}")

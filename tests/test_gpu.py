@@ -1,10 +1,13 @@
 """What only a GPU can show: capture in a graph, other devices and streams, billions of elements, every fp32 input."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference import gradient, random
 
 import torch_sigmoid
+from torch_sigmoid import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GIB = 2**30
@@ -35,6 +38,60 @@ def test_forward_and_backward_are_captured_in_a_graph(save):
     graph.replay()
     expected = gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x)
     assert torch.equal(x.grad, expected)
+
+
+def test_after_warmup_a_capture_needs_no_call_before_it(save):
+    """What warmup compiled and loaded is launched within the capture for the first time at this shape."""
+    torch_sigmoid.warmup("cuda", [torch.float32])
+    x = random((1237,), torch.float32, "cuda").requires_grad_()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(torch_sigmoid.sigmoid(x, save=save).sum(), x)
+    graph.replay()
+    assert torch.equal(grad, gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kept_launches_give_the_values_of_the_first(dtype, save):
+    """Every alignment and many sizes and layouts, twice each, in an order that mixes them."""
+    storage = random((4096,), dtype, "cuda")
+    views = [storage[offset : offset + n] for offset in (0, 1, 2, 4, 8) for n in (1, 15, 16, 17, 1023, 1024, 2049)]
+    views += [storage.view(64, 64)[:, :width] for width in (1, 16, 33, 48)] + [storage.view(64, 64).t()]
+    function = lambda x: torch_sigmoid.sigmoid(x, save=save)  # noqa: E731
+    first = [(function(x), gradient(function, x)) for x in views]
+    for x, (y, grad) in reversed(list(zip(views, first))):
+        assert torch.equal(function(x), y)
+        assert torch.equal(y, torch.sigmoid(x))
+        assert torch.equal(gradient(function, x), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_both_sides_of_the_threshold_have_the_same_bits(dtype):
+    """N4: torch's operator below `torch_below`, our kernels above, first and second derivatives included."""
+    x = random((5000,), dtype, "cuda").requires_grad_()
+    grad, outer = random((5000,), dtype, "cuda", seed=1), random((5000,), dtype, "cuda", seed=2)
+    results = []
+    for below in (0, 2**22):
+        ops.torch_below = below
+        try:
+            y = torch_sigmoid.sigmoid(x)
+            (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            results.append((y, first, *torch.autograd.grad(first, x, outer)))
+        finally:
+            ops.torch_below = 0
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)
+
+
+def test_threads_launch_side_by_side(save):
+    function = lambda x: torch_sigmoid.sigmoid(x, save=save)  # noqa: E731
+    tensors = [random((1000 + i,), torch.bfloat16, "cuda", seed=i) for i in range(64)]
+    expected = [gradient(function, x) for x in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for actual, right in zip(pool.map(lambda x: gradient(function, x), tensors), expected):
+                assert torch.equal(actual, right)
 
 
 def test_a_side_stream():

@@ -84,7 +84,7 @@ def test_the_derivatives_from_the_output_are_torchs_bit_for_bit(dtype, device):
 
 
 def test_warmup_refuses_what_has_no_kernels(device):
-    with pytest.raises(ValueError, match="got torch.int64"):
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
         torch_sigmoid.warmup(device, [torch.float32, torch.int64])
     assert torch_sigmoid.warmup(device, [torch.float32]) is None
     assert torch_sigmoid.warmup(dtypes=[]) is None

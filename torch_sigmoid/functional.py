@@ -22,6 +22,7 @@ __all__ = ["Path", "path", "sigmoid", "sigmoid_", "warmup"]
 
 SAVE_MODES = ("output", "input")
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _WIDE_DTYPES = frozenset((torch.float32, torch.float64))
 _FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
@@ -62,15 +63,22 @@ def path(input: Tensor, save: str = "output") -> Path:
     if not isinstance(input, Tensor):
         raise TypeError(f"path(): input must be a torch.Tensor, got {type(input).__name__}")
     check_save(save)
-    return _SMALL if save == "output" and _is_small(input) else _path(input)
+    chosen = _path(input, save)
+    refusal = ops.kernels_refusal(input.device) if chosen is _SMALL else None
+    return _torch_path(refusal) if refusal else chosen
 
 
 def _is_small(input: Tensor) -> bool:
-    """Whether torch's operator gives the kernels' bits under save="output", derivatives included, and costs less."""
-    return input.dtype in _WIDE_DTYPES and not _is_compiling() and input.numel() < ops.torch_below
+    """Whether torch's operator gives the kernels' bits from the output, derivatives included, and costs less.
+
+    Under a tracer numel() need not be a number, and comparing it would tie the trace to its answer.
+    """
+    return input.dtype in _WIDE_DTYPES and not (_is_compiling() or _is_tracing()) and input.numel() < ops.torch_below
 
 
-def _path(input: Tensor) -> Path:
+def _path(input: Tensor, save: str) -> Path:
+    if save == "output" and _is_small(input):
+        return _SMALL
     if input.dtype not in _FLOAT_DTYPES:
         return _torch_path(f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
     if input.layout is not torch.strided or input.is_nested:
@@ -127,9 +135,15 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         check_save(save)
     if out is not None:
         return _sigmoid_out(input, out)
-    if save == "output" and input.dtype in _WIDE_DTYPES and not _is_compiling() and input.numel() < ops.torch_below:
+    # What _path would find out first, without the call.
+    if (
+        save == "output"
+        and input.dtype in _WIDE_DTYPES
+        and not (_is_compiling() or _is_tracing())
+        and input.numel() < ops.torch_below
+    ):
         return torch.sigmoid(input)
-    chosen = _path(input)
+    chosen = _path(input, save)
     if chosen is _TRITON:
         return autograd.sigmoid(input, save)
     if chosen is _TRACED:

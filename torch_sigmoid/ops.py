@@ -78,8 +78,10 @@ def has_plain_storage(tensor: Tensor) -> bool:
 
 
 def modes_listen() -> bool:
-    """Whether a dispatch mode records operators, among them make_fx, which keeps a second stack for pre_dispatch=True and enters
-    a function mode with it."""
+    """Whether a dispatch mode records operators, among them make_fx, which keeps another stack for pre_dispatch=True.
+
+    With that one it enters a function mode, which is the cheaper thing to look for.
+    """
     return _dispatch_modes() > 0 or (_function_modes() > 0 and _is_dispatch_key_included(_PRE_DISPATCH))
 
 
@@ -128,9 +130,9 @@ def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def sigmoid_forward(input: Tensor) -> Tensor:
     """σ(x)."""
-    if input.numel() >= torch_below and _launchable(input):
-        return kernels.sigmoid_forward(input)
-    return torch.sigmoid(input)
+    if _is_tracing() or input.numel() < torch_below or not _launchable(input):
+        return torch.sigmoid(input)
+    return kernels.sigmoid_forward(input)
 
 
 def _smaller_sigmoid(x: Tensor) -> Tensor:
@@ -151,11 +153,16 @@ def sigmoid_for_tracing(input: Tensor) -> Tensor:
     return (value + torch.where(wide < 0, gradient_only, -gradient_only)).to(input.dtype)
 
 
+def _computes_eagerly(*tensors: Tensor) -> bool:
+    """Whether operators on these tensors compute now and are seen by nobody, so that temporaries may be overwritten."""
+    return not (_is_compiling() or modes_listen()) and all(map(has_plain_storage, tensors))
+
+
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ'."""
     if _launchable(saved, grad_output):
         return kernels.sigmoid_backward(grad_output, saved, from_input=save == "input")
-    if save == "input" and saved.dtype is torch.float32 and has_plain_storage(saved) and has_plain_storage(grad_output):
+    if save == "input" and saved.dtype is torch.float32 and _computes_eagerly(saved, grad_output):
         # The formula below, in the memory of its result: on a CPU a large temporary costs more than the arithmetic.
         smaller = saved.abs().neg_().sigmoid_()
         return _sigmoid_backward_into(grad_output, smaller, grad_input=smaller)

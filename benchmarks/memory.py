@@ -1,0 +1,87 @@
+"""What an operator keeps for backward, and on a GPU what it needs at its peak, in bytes per element.
+
+saved           storage that autograd keeps, each once: measured with saved-tensor hooks, on any device
+peak forward    allocated above the input once forward has returned, at the highest
+peak both       the same until backward has returned, the upstream gradient not counted
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import record
+from .operators import operators
+from .speed import Case, check
+
+ELEMENTS = 1 << 24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def saved_bytes(function, x):
+    """Bytes of the distinct storages that the graph of function(x) keeps."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(x)
+    del y
+    return sum(storages.values())
+
+
+def peaks(function, x, grad):
+    """Bytes above what was there before, at the peak of forward and of forward and backward."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = function(x)
+    forward = torch.cuda.max_memory_allocated() - before
+    torch.autograd.grad(y, x, grad)
+    return forward, torch.cuda.max_memory_allocated() - before
+
+
+def measure(device):
+    elements = ELEMENTS if device.type == "cuda" else ELEMENTS >> 4
+    rows = []
+    work = [(name, operator, dtype) for name, operator in operators().items() for dtype in DTYPES]
+    for name, operator, dtype in record.progress(work, "memory"):
+        for label, provider in operator.providers.items():
+            if device.type not in provider.devices:
+                continue
+            check(f"{name} by {label}", operator, provider, Case(dtype, "dense", 1 << 12), device)
+            x = torch.randn(elements, dtype=dtype, device=device, requires_grad=True)
+            grad = torch.ones((), dtype=dtype, device=device).expand(elements)
+            torch.autograd.grad(provider.function(x), x, grad)
+            row = {"operator": name, "provider": label, "dtype": record.short(dtype), "n": elements}
+            row["saved"] = saved_bytes(provider.function, x) / elements
+            if device.type == "cuda":
+                row["peak forward"], row["peak both"] = (peak / elements for peak in peaks(provider.function, x, grad))
+            rows.append(row)
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=record.default_device())
+    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    arguments = parser.parse_args(argv)
+    device = arguments.device
+    if device.type == "cpu":
+        print("memory: no GPU, so no peaks: what is saved for backward only")
+    try:
+        rows = measure(device)
+    except record.WrongResultError as error:
+        print(f"memory: FAILED, {error}")
+        return 1
+    record.write(record.folder_of(device, arguments.out), "memory", rows, record.environment(device))
+    record.show(f"Bytes per element on {record.device_name(device)}", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
