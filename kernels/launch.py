@@ -97,20 +97,31 @@ def store_tile(pointer, row_stride, column_stride, tile, values):
 
 
 def _keep(compiled, programs, arguments) -> tuple:
-    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run."""
+    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run.
+
+    The compilation itself is among it: since Triton 3.8 its module is unloaded when nothing refers to it.
+    """
     current_device = driver.active.get_current_device
     if current_device is torch.cuda.current_device:
         # The same without its check for initialisation, which a tensor on the device has answered.
         current_device = torch._C._cuda_getDevice
     launch, packs = compiled.run, False
     fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
-    if type(launch).__name__ == "CudaLauncher" and hasattr(launch, "kernel_signature"):
-        # Since 3.7: all that CudaLauncher does for a kernel without scratch memory is to append these.
-        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)
+    if _only_appends(launch):
+        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)  # and no scratch memory
         fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
         launch, packs = launch.launch, True
     where = current_device, driver.active.get_current_stream, driver.active
-    return launch, packs, compiled.function, fixed, arguments, programs, *where
+    return launch, packs, compiled, fixed, arguments, programs, *where
+
+
+def _only_appends(launch) -> bool:
+    """Whether this is the CudaLauncher of Triton 3.7 or later, and does no more than to append arguments of its own."""
+    return (
+        type(launch).__name__ == "CudaLauncher"
+        and hasattr(launch, "kernel_signature")
+        and not (launch.global_scratch_size or launch.profile_scratch_size or getattr(launch, "gsan_enabled", False))
+    )
 
 
 def _watched(kernel) -> bool:
@@ -243,20 +254,20 @@ class Launcher:
         key = tuple(key)
         kept = self.kept.get(key)
         if kept is not None:
-            launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for = kept
+            launch, packs, compiled, fixed, arguments, programs, current_device, current_stream, compiled_for = kept
             if current_device() == device and driver.active is compiled_for and not _watched(self.kernel):
                 if packs:
-                    launch(programs, 1, 1, current_stream(device), function, *fixed, (*pointers, *arguments))
+                    launch(programs, 1, 1, current_stream(device), compiled.function, *fixed, (*pointers, *arguments))
                 else:
-                    launch(programs, 1, 1, current_stream(device), function, *fixed, *pointers, *arguments)
+                    launch(programs, 1, 1, current_stream(device), compiled.function, *fixed, *pointers, *arguments)
                 return
         self._launch(key, inputs, outputs)
 
     def _launch(self, key, inputs, outputs):
         """Through `kernel[grid]`, keeping the compilation; what no plan covers is copied first."""
-        shape, strides = outputs[0].shape, outputs[0].stride()
         if outputs[0].numel() == 0:
             return
+        shape, strides = outputs[0].shape, outputs[0].stride()
         tensors = (*inputs, *outputs)
         chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
         if chosen is None:

@@ -5,7 +5,7 @@
 σ"(x) = σ'(x)·(1 - 2σ(x)) = -σ'(x)·tanh(x/2)
 
 1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. An operator that has x takes the form
-in e ≤ 1, which is even in x as σ' is, where nothing cancels, overflows or rounds to 0 before σ' does.
+in e ≤ 1, which is even in x as σ' is, where nothing cancels or overflows, and which is 0 only where σ' is subnormal.
 """
 
 import triton
@@ -45,8 +45,8 @@ def exp(x):
 def reciprocal(d):
     """1/d for d in [1, inf] without the branches and scaling of a division: rsqrt(d)², and one Newton step.
 
-    The result is correctly rounded unless 1/d lies within 2^-43 of a rounding boundary, and subnormal where 1/d is, since
-    rsqrt(d) ≥ 2^-64. For d = inf the step is NaN, which `minimum` turns into a harmless 1.
+    Its error before the last rounding is 2^-43 of it, so that in 16 bit σ has the bits that a division gives, subnormals
+    included, since rsqrt(d) ≥ 2^-64: tests/test_maths.py. For d = inf the step is NaN, which `minimum` makes a harmless 1.
     """
     root = libdevice.rsqrt(d)
     approximation = root * root

@@ -11,6 +11,7 @@ import traceback
 
 import torch
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 import torch_sigmoid
@@ -230,6 +231,17 @@ def check_a_launch_that_was_refused_is_not_kept():
     finally:
         knobs.runtime.jit_cache_hook = None
     assert not launcher.kept
+
+
+def check_what_is_kept_outlives_tritons_own_cache():
+    """Since Triton 3.8 a compilation that nothing refers to unloads its module, and its function with it."""
+    BACKWARD.kept.clear()
+    usual()
+    for device_caches in BACKWARD.kernel.device_caches.values():
+        device_caches[0].clear()
+    (entry,) = BACKWARD.kept.values()
+    assert any(isinstance(part, CompiledKernel) for part in entry)
+    assert through_triton(usual) == 0
 
 
 def check_no_more_is_kept_than_the_limit():

@@ -7,6 +7,7 @@ import torch
 from reference import gradient, random
 
 import torch_sigmoid
+from benchmarks.host import captured
 from torch_sigmoid import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -25,17 +26,10 @@ def test_forward_and_backward_are_captured_in_a_graph(save):
         x.grad = None
         torch_sigmoid.sigmoid(x, save=save).sum().backward()
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay = captured(step)
     with torch.no_grad():
         x.copy_(random((1000,), torch.bfloat16, "cuda", seed=1))
-    graph.replay()
+    replay()
     expected = gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x)
     assert torch.equal(x.grad, expected)
 

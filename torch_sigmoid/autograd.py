@@ -4,7 +4,7 @@
     grad_input = grad_output·σ'         SigmoidBackwardFunction    saves grad_output and the same tensor
 
 From σ, σ' = σ(1-σ) and ∂σ'/∂σ = 1-2σ: no memory beyond the output, and the precision of the rounded σ. From x,
-σ' = σ(-|x|)(1-σ(-|x|)) and ∂σ'/∂x = -σ'·tanh(x/2): exact in both tails, at the cost of keeping x alive.
+σ' = e/(1+e)² with e = e^-|x|, and ∂σ'/∂x = -σ'·tanh(x/2): exact in both tails, at the cost of keeping x alive.
 The second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
 """
 

@@ -108,7 +108,7 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
 
     The gradient is grad·σ·(1-σ), computed in fp32 (fp64 for fp64) and rounded once. From a σ that has itself been rounded,
     1-σ loses its digits as x grows: in bf16 it is 0 from x = 6.25 on. save="input" keeps x in place of σ and computes
-    grad·σ(-|x|)·(1-σ(-|x|)), which is the same function (σ' is even) and loses nothing in either tail.
+    grad·e/(1+e)² with e = e^-|x|, which is the same function (σ' is even) and loses nothing in either tail.
 
     Args:
         input: a tensor of any shape, layout and dtype that torch.sigmoid takes. Float tensors keep their dtype, integers and

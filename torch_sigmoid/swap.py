@@ -37,7 +37,7 @@ def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
         if type(module) is torch.nn.Sigmoid:
             module.__class__ = Sigmoid
             module._replaced = True
-            module._mode = save
+            module._mode = "output"
         if getattr(module, "_replaced", False):
             module.save = save
     return model
