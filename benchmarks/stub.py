@@ -11,8 +11,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# As on NVIDIA GPUs.
-TORCH_BELOW = 2**22
 SOURCE = Path(__file__).with_name("stub_cuda.c")
 
 
@@ -67,7 +65,7 @@ def activate():
 
     driver.set_active(StubDriver())
     ops.kernels_refusal = lambda device: None
-    ops.torch_below = TORCH_BELOW
+    ops.torch_below = ops.TORCH_BELOW_ON_NVIDIA
     nn._TORCH_ALONE = False
 
 

@@ -8,7 +8,6 @@ import torch
 import torch_sigmoid
 from benchmarks import record, speed
 from benchmarks.operators import TOLERANCE, Operator, Provider, exact_sigmoid, operators
-from torch_sigmoid import ops
 
 CPU = torch.device("cpu")
 
@@ -129,12 +128,3 @@ def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeyp
     assert all(path.exists() for path in drawn)
     shown = {record.ROOT / path for path in figures.re.findall(r"\]\((benchmarks/results/[^)]*\.png)\)", readme)}
     assert all(path.exists() for path in shown)
-
-
-def test_the_threshold_of_the_stub_is_that_of_a_gpu():
-    from benchmarks import stub
-
-    if torch.version.cuda:
-        pytest.skip("conftest has changed it")
-    assert stub.TORCH_BELOW == 2**22
-    assert ops.torch_below == 0

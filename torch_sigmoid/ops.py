@@ -26,7 +26,8 @@ KERNELS_EXIST = not kernels.UNAVAILABLE and (
 # Below this many elements torch's operator runs wherever its bits are ours (N1: on NVIDIA), because a launch from Python
 # costs more than one from C++. At 2²² fp32 elements the kernels of a forward and a backward take about 20 µs at 4.3 TB/s,
 # which hides the launches; that is arithmetic on an H200's bandwidth, not a measurement. 0 always takes the kernels.
-torch_below = 2**22 if torch.version.cuda else 0
+TORCH_BELOW_ON_NVIDIA = 2**22
+torch_below = TORCH_BELOW_ON_NVIDIA if torch.version.cuda else 0
 
 
 @cache
