@@ -112,7 +112,7 @@ def _keep(compiled, programs, arguments) -> tuple:
         fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
         launch, packs = launch.launch, True
     where = current_device, driver.active.get_current_stream, driver.active
-    return launch, packs, compiled, fixed, arguments, programs, *where
+    return launch, packs, compiled.function, fixed, arguments, programs, *where, compiled
 
 
 def _only_appends(launch) -> bool:
@@ -217,11 +217,24 @@ def _on_device_of(tensor):
     return contextlib.nullcontext() if module.current_device() == tensor.get_device() else module.device(tensor.device)
 
 
-class Launcher:
-    """A kernel with its constants, called with tensors of one shape on one device; what it compiles is kept.
+def element_by_element(inputs, outputs) -> tuple[int, tuple] | None:
+    """The programs and arguments of a kernel over tensors of one shape; None where a copy must come first.
 
-    The kernel takes the tensors, their row strides, their column strides, `n_rows`, `n_columns`, the constants, and
-    BLOCK_ROWS, BLOCK_COLUMNS and USE_INT64.
+    The arguments are the tensors' row strides, their column strides, `n_rows`, `n_columns`, BLOCK_ROWS, BLOCK_COLUMNS and
+    USE_INT64.
+    """
+    chosen = plan(outputs[0].shape, tuple(tensor.stride() for tensor in (*inputs, *outputs)))
+    if chosen is None:
+        return None
+    sizes = chosen.n_rows, chosen.n_columns
+    tile = chosen.block_rows, chosen.block_columns, chosen.use_int64
+    return chosen.programs, (*chosen.row_strides, *chosen.column_strides, *sizes, *tile)
+
+
+class Launcher:
+    """A kernel with its constants, called with tensors on one device; what it compiles is kept.
+
+    The kernel takes the tensors, what `arrange(inputs, outputs)` gives beside the number of programs, and the constants.
 
     Triton's own `kernel[grid](...)` looks up its compilation by every argument, at several times the cost of the launch. The
     key here is what that lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes (sizes, their
@@ -229,16 +242,17 @@ class Launcher:
     and so does each that hooks watch, that is meant for another device than the current one, or whose driver has changed.
     """
 
-    def __init__(self, kernel, **constants):
+    def __init__(self, kernel, *constants, arrange=element_by_element):
         self.kernel = kernel
         self.constants = constants
+        self.arrange = arrange
         self.kept: dict[tuple, tuple] = {}
         # A CUDA context does not survive a fork, nor do the functions loaded into it.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.kept.clear)
 
     def __call__(self, inputs, outputs):
-        """Run over `inputs`, writing `outputs`: dense, alike in strides, which with their dtypes follow from the inputs'."""
+        """Run over `inputs`, writing `outputs`, whose shapes, strides and dtypes follow from the inputs'."""
         first = inputs[0]
         device = first.get_device()
         key = [device, first.shape]
@@ -254,12 +268,12 @@ class Launcher:
         key = tuple(key)
         kept = self.kept.get(key)
         if kept is not None:
-            launch, packs, compiled, fixed, arguments, programs, current_device, current_stream, compiled_for = kept
+            launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
             if current_device() == device and driver.active is compiled_for and not _watched(self.kernel):
                 if packs:
-                    launch(programs, 1, 1, current_stream(device), compiled.function, *fixed, (*pointers, *arguments))
+                    launch(programs, 1, 1, current_stream(device), function, *fixed, (*pointers, *arguments))
                 else:
-                    launch(programs, 1, 1, current_stream(device), compiled.function, *fixed, *pointers, *arguments)
+                    launch(programs, 1, 1, current_stream(device), function, *fixed, *pointers, *arguments)
                 return
         self._launch(key, inputs, outputs)
 
@@ -267,29 +281,21 @@ class Launcher:
         """Through `kernel[grid]`, keeping the compilation; what no plan covers is copied first."""
         if outputs[0].numel() == 0:
             return
-        shape, strides = outputs[0].shape, outputs[0].stride()
-        tensors = (*inputs, *outputs)
-        chosen = plan(shape, tuple(tensor.stride() for tensor in tensors))
-        if chosen is None:
+        arranged = self.arrange(inputs, outputs)
+        if arranged is None:
+            strides = outputs[0].stride()
             dense = (
                 tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)
                 for tensor in inputs
             )
             return self(tuple(dense), outputs)
-        arguments = (
-            *chosen.row_strides,
-            *chosen.column_strides,
-            chosen.n_rows,
-            chosen.n_columns,
-            *self.constants.values(),
-            chosen.block_rows,
-            chosen.block_columns,
-            chosen.use_int64,
-        )
+        programs, arguments = arranged
+        arguments += self.constants
         with _on_device_of(outputs[0]):
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
-            compiled = self.kernel[(chosen.programs,)](*tensors, *arguments, num_warps=NUM_WARPS, enable_fp_fusion=True)
+            options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+            compiled = self.kernel[(programs,)](*inputs, *outputs, *arguments, **options)
             if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
                 if len(self.kept) >= MAX_KEPT:
                     self.kept.clear()
-                self.kept[key] = _keep(compiled, chosen.programs, arguments)
+                self.kept[key] = _keep(compiled, programs, arguments)

@@ -52,10 +52,10 @@ def sigmoid_backward_kernel(
     grad_input_column_stride,
     n_rows,
     n_columns,
-    FROM_INPUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
 ):
     ROUND_TO_16_BIT: tl.constexpr = grad_output_ptr.dtype.element_ty.primitive_bitwidth == 16
     for TAIL in tl.static_range(2):
@@ -89,10 +89,10 @@ def sigmoid_double_backward_kernel(
     grad_saved_column_stride,
     n_rows,
     n_columns,
-    FROM_INPUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
 ):
     ROUND_TO_16_BIT: tl.constexpr = grad_output_ptr.dtype.element_ty.primitive_bitwidth == 16
     for TAIL in tl.static_range(2):
@@ -116,8 +116,8 @@ def sigmoid_double_backward_kernel(
 
 
 _forward = Launcher(sigmoid_forward_kernel)
-_backward = {from_input: Launcher(sigmoid_backward_kernel, FROM_INPUT=from_input) for from_input in (False, True)}
-_double_backward = {from_input: Launcher(sigmoid_double_backward_kernel, FROM_INPUT=from_input) for from_input in (False, True)}
+_backward = {from_input: Launcher(sigmoid_backward_kernel, from_input) for from_input in (False, True)}
+_double_backward = {from_input: Launcher(sigmoid_double_backward_kernel, from_input) for from_input in (False, True)}
 
 
 def sigmoid_forward(x):
@@ -129,7 +129,9 @@ def sigmoid_forward(x):
 
 def sigmoid_backward(grad_output, saved, from_input):
     """grad_output·σ' in the dtype of `grad_output` and the memory format of `saved`."""
-    grad_input = torch.empty_like(saved, dtype=grad_output.dtype)
+    # Naming a dtype costs a quarter of the allocation more.
+    same = grad_output.dtype is saved.dtype
+    grad_input = torch.empty_like(saved) if same else torch.empty_like(saved, dtype=grad_output.dtype)
     _backward[from_input]((grad_output, saved), (grad_input,))
     return grad_input
 

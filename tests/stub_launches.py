@@ -68,7 +68,7 @@ def variants():
 
 
 def check_a_kept_launch_is_what_triton_itself_would_launch():
-    fresh = launch.Launcher(operator.sigmoid_backward_kernel, FROM_INPUT=False)
+    fresh = launch.Launcher(operator.sigmoid_backward_kernel, False)
     pairs = [pair for pair in variants() for _ in range(2)]
     random.Random(0).shuffle(pairs)
     kept = 0
@@ -222,7 +222,7 @@ def check_an_unknown_version_of_triton_keeps_nothing():
 
 def check_a_launch_that_was_refused_is_not_kept():
     pair = operands(640, torch.float16)
-    launcher = launch.Launcher(operator.sigmoid_backward_kernel, FROM_INPUT=True)
+    launcher = launch.Launcher(operator.sigmoid_backward_kernel, True)
     for device_caches in operator.sigmoid_backward_kernel.device_caches.values():
         device_caches[0].clear()
     knobs.runtime.jit_cache_hook = lambda **_: True
