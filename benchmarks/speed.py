@@ -25,7 +25,7 @@ MODES = ("forward", "backward", "both")
 LAYOUT_SIZE = 1 << 24
 SIZES = {"cuda": tuple(1 << k for k in range(10, 29, 2)), "cpu": tuple(1 << k for k in range(10, 25, 2))}
 DTYPES = {"cuda": (torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32,)}
-ROUNDS = {"cuda": 20, "cpu": 40}
+ROUNDS = {"cuda": 20, "cpu": 60}
 # One thread: with several, another process on a core costs a whole time slice at the end of every operator.
 CPU_THREADS = 1
 BATCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-3}
