@@ -12,6 +12,7 @@ try:
 
     from .maths import INTERPRETED
     from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward, warmup
+    from .statistics import add_activation, add_squares
 except Exception as error:  # missing, too old, or failing while it is imported
     UNAVAILABLE = f"Triton cannot be used ({type(error).__name__}: {error})"
     INTERPRETED = False
@@ -19,4 +20,13 @@ else:
     UNAVAILABLE = None
     INTERPRETED = bool(INTERPRETED.value)
 
-__all__ = ["INTERPRETED", "UNAVAILABLE", "sigmoid_backward", "sigmoid_double_backward", "sigmoid_forward", "warmup"]
+__all__ = [
+    "INTERPRETED",
+    "UNAVAILABLE",
+    "add_activation",
+    "add_squares",
+    "sigmoid_backward",
+    "sigmoid_double_backward",
+    "sigmoid_forward",
+    "warmup",
+]

@@ -24,7 +24,6 @@ SAVE_MODES = ("output", "input")
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
 _WIDE_DTYPES = frozenset((torch.float32, torch.float64))
-_FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 class Path(NamedTuple):
@@ -79,7 +78,7 @@ def _is_small(input: Tensor) -> bool:
 def _path(input: Tensor, save: str) -> Path:
     if save == "output" and _is_small(input):
         return _SMALL
-    if input.dtype not in _FLOAT_DTYPES:
+    if input.dtype not in ops.FLOAT_DTYPES:
         return _torch_path(f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
     if input.layout is not torch.strided or input.is_nested:
         return _SPARSE_OR_NESTED
@@ -96,7 +95,7 @@ def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
 
     It saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
     """
-    if input.dtype not in _FLOAT_DTYPES or input.layout is not torch.strided or input.is_nested:
+    if input.dtype not in ops.FLOAT_DTYPES or input.layout is not torch.strided or input.is_nested:
         return True
     if save == "input":
         return False
@@ -202,7 +201,7 @@ def warmup(
     """
     dtypes = tuple(dtypes)
     for dtype in dtypes:
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in ops.FLOAT_DTYPES:
             raise ValueError(f"warmup(): dtypes must be among float64, float32, float16 and bfloat16, got {dtype}")
     device = torch.empty(0, device=torch.accelerator.current_accelerator() if device is None else device).device
     if ops.kernels_refusal(device) is None:

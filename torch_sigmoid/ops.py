@@ -18,6 +18,7 @@ _sigmoid_backward_into = torch.ops.aten.sigmoid_backward.grad_input
 # Triton's code generation for NVIDIA starts at Turing.
 MINIMUM_CAPABILITY = (7, 5)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 # False where no tensor of this process can reach a kernel, whatever its device.
 KERNELS_EXIST = not kernels.UNAVAILABLE and (
@@ -86,7 +87,7 @@ def modes_listen() -> bool:
     return _dispatch_modes() > 0 or (_function_modes() > 0 and _is_dispatch_key_included(_PRE_DISPATCH))
 
 
-def _launchable(first: Tensor, *others: Tensor) -> bool:
+def launchable(first: Tensor, *others: Tensor) -> bool:
     """Whether a kernel may run on these tensors: plain ones, on one device Triton drives, and nobody records operators.
 
     What `has_plain_storage` tells is asked for at a third of its cost: torch gives no data pointer, or 0, where memory does
@@ -131,7 +132,7 @@ def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def sigmoid_forward(input: Tensor) -> Tensor:
     """σ(x)."""
-    if _is_tracing() or input.numel() < torch_below or not _launchable(input):
+    if _is_tracing() or input.numel() < torch_below or not launchable(input):
         return torch.sigmoid(input)
     return kernels.sigmoid_forward(input)
 
@@ -161,7 +162,7 @@ def _computes_eagerly(*tensors: Tensor) -> bool:
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ'."""
-    if _launchable(saved, grad_output):
+    if launchable(saved, grad_output):
         return kernels.sigmoid_backward(grad_output, saved, from_input=save == "input")
     if save == "input" and saved.dtype is torch.float32 and _computes_eagerly(saved, grad_output):
         # The formula below, in the memory of its result: on a CPU a large temporary costs more than the arithmetic.
@@ -179,7 +180,7 @@ def sigmoid_backward_formula(grad_output: Tensor, saved: Tensor, save: str) -> T
 
 def sigmoid_double_backward(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> tuple[Tensor, Tensor]:
     """The gradients that reach `grad_output` and `saved` when `grad_grad_input` reaches their grad_output·σ'."""
-    if _launchable(saved, grad_output, grad_grad_input):
+    if launchable(saved, grad_output, grad_grad_input):
         return kernels.sigmoid_double_backward(grad_grad_input, grad_output, saved, from_input=save == "input")
     return (
         sigmoid_backward_formula(grad_grad_input, saved, save).to(grad_output.dtype),

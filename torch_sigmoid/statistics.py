@@ -1,0 +1,186 @@
+"""What `diagnostics` adds up, as operators on values: one Triton kernel a tensor where that can run, else torch operators.
+
+An activation f is known here by a name, its `kind`. Everything about it follows from its derivative in float64:
+which x are saturated (|f'(x)| below a threshold), and for which a gradient is lost, as `lost_when` says of it.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+# Columns of the totals of an activation; those of a gradient are its sum of squares and its number of elements.
+ACTIVATION_COLUMNS = ("elements", "saturated", "lost", "sum of |f'|", "least |f'|")
+SQUARES_COLUMNS = ("squares", "elements")
+LEAST = ACTIVATION_COLUMNS.index("least |f'|")
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else math.exp(x)
+
+
+def _sigmoid_slope(x: float) -> float:
+    e = math.exp(-abs(x))
+    return e / (1 + e) ** 2
+
+
+def _silu_slope(x: float) -> float:
+    return _sigmoid(x) * (1 + x * _sigmoid(-x)) if abs(x) < 1000 else float(x > 0)
+
+
+class Kind(NamedTuple):
+    """f' of a float, f' of a tensor, and the x between which |f'| is monotone."""
+
+    slope: Callable[[float], float]
+    slopes: Callable[[Tensor], Tensor]
+    turns: tuple[float, ...]
+
+
+def _exact_slopes(x: Tensor) -> Tensor:
+    e = x.abs().neg_().exp_()
+    return e / (1 + e).square_()
+
+
+def _silu_slopes(x: Tensor) -> Tensor:
+    x = x.clamp(-1000, 1000)
+    return torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))
+
+
+def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
+    """`height` where the condition holds, else 0; NaN for NaN."""
+    return torch.where(condition, height, torch.where(x.isnan(), x, 0.0))
+
+
+KINDS = {
+    "sigmoid": Kind(_sigmoid_slope, _exact_slopes, (0.0,)),
+    # Its zero, and the two turns of f' at the solutions of x·tanh(x/2) = 2.
+    "silu": Kind(_silu_slope, _silu_slopes, (-2.3993572805154, -1.2784645427610738, 2.3993572805154)),
+    "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: torch.sigmoid(-x), ()),
+    "tanh": Kind(lambda x: 4 * _sigmoid_slope(2 * x), lambda x: 4 * _exact_slopes(2 * x), (0.0,)),
+    "relu": Kind(lambda x: float(x > 0), lambda x: _step(x > 0, x, 1.0), (0.0,)),
+    "hardsigmoid": Kind(lambda x: float(abs(x) < 3) / 6, lambda x: _step(x.abs() < 3, x, 1 / 6), (-3.0, 0.0, 3.0)),
+}
+
+# When a backward finds 0 though f' is a normal number: what it works from has rounded to where f' would be 0.
+LOST_WHEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "never": lambda x: torch.zeros_like(x, dtype=torch.bool),
+    "sigmoid rounds to 1": lambda x: torch.sigmoid(x) == 1,
+    "sigmoid rounds to 1 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 1,
+    # e^-x overflows before x·e^x is subnormal.
+    "sigmoid rounds to 0 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 0,
+    "tanh rounds to ±1": lambda x: torch.tanh(x).abs() == 1,
+}
+
+EMPTY = (math.inf, -math.inf)
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _rank(x: float, dtype: torch.dtype) -> int:
+    """The number of representable numbers between 0 and x, negative for x < 0."""
+    magnitude = torch.tensor([abs(x)], dtype=torch.float64).to(dtype).view(_BITS[dtype.itemsize]).item()
+    return -magnitude if x < 0 else magnitude
+
+
+def _at_rank(rank: int, dtype: torch.dtype) -> Tensor:
+    magnitude = torch.tensor([abs(rank)], dtype=_BITS[dtype.itemsize]).view(dtype)
+    return -magnitude if rank < 0 else magnitude
+
+
+def _intervals(holds: Callable[[Tensor], bool], turns: tuple[float, ...], dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Where a condition holds that changes at most once between two neighbouring turns, as closed intervals of `dtype`."""
+    inf = _rank(math.inf, dtype)
+    edges = sorted({-inf, *(_rank(turn, dtype) for turn in turns), inf})
+    found: list[list[int]] = []
+
+    def add(first, last):
+        if found and first <= found[-1][1] + 1:
+            found[-1][1] = max(last, found[-1][1])
+        else:
+            found.append([first, last])
+
+    for low, high in itertools.pairwise(edges):
+        at_low, at_high = holds(_at_rank(low, dtype)), holds(_at_rank(high, dtype))
+        if at_low == at_high:
+            if at_low:
+                add(low, high)
+            continue
+        left, right = low, high
+        while right - left > 1:
+            middle = (left + right) // 2
+            if holds(_at_rank(middle, dtype)) == at_low:
+                left = middle
+            else:
+                right = middle
+        add(*((low, left) if at_low else (right, high)))
+    return [(_at_rank(first, dtype).item(), _at_rank(last, dtype).item()) for first, last in found]
+
+
+@functools.cache
+def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, device: torch.device) -> Tensor:
+    """The intervals of x in `dtype` that are saturated and lost, two each, as [from, to] pairs in the arithmetic's dtype."""
+    slope, _, turns = KINDS[kind]
+    smallest_normal = torch.finfo(dtype).smallest_normal
+    zero = LOST_WHEN[lost_when]
+
+    def saturated(x):
+        return abs(slope(x.item())) < threshold
+
+    def normal(x):
+        return abs(slope(x.item())) >= smallest_normal
+
+    pairs = _intervals(saturated, turns, dtype)
+    if len(pairs) > 2:
+        raise ValueError(f"threshold {threshold} cuts |f'| of {kind} into {len(pairs)} saturated intervals; expected at most 2")
+    pairs += [EMPTY] * (2 - len(pairs))
+    lost = []
+    for first, last in _intervals(lambda x: bool(zero(x)), turns, dtype):
+        for low, high in _intervals(normal, turns, dtype):
+            if max(first, low) <= min(last, high):
+                lost.append((max(first, low), min(last, high)))
+    pairs += lost + [EMPTY] * (2 - len(lost))
+    return torch.tensor(pairs, dtype=torch.float64).flatten().to(device, _arithmetic(dtype))
+
+
+def _within(x: Tensor, limits: Tensor) -> Tensor:
+    return ((x >= limits[0]) & (x <= limits[1])) | ((x >= limits[2]) & (x <= limits[3]))
+
+
+def add_activation(x: Tensor, kind: str, limits: Tensor, totals: Tensor, alive: Tensor, streak: Tensor) -> None:
+    """Add to `totals` (ACTIVATION_COLUMNS) what `x` tells, and to `streak` a batch for each unit that is wholly saturated.
+
+    `x` is (outer, units, inner), `limits` its `bounds`; `alive` is zero before and after.
+    """
+    if ops.launchable(x, limits, totals):
+        ops.kernels.add_activation(x, kind, limits, totals, alive, streak)
+        return
+    wide = x.to(limits.dtype)
+    saturated = _within(wide, limits)
+    slopes = KINDS[kind].slopes(wide).abs_()
+    totals[0] += x.numel()
+    totals[1] += saturated.sum()
+    totals[2] += _within(wide, limits[4:]).sum()
+    totals[3] += slopes.sum(dtype=totals.dtype)
+    least = torch.where(slopes.isnan(), math.inf, slopes).amin().to(totals.dtype)
+    torch.minimum(totals[LEAST], least, out=totals[LEAST])
+    streak.add_(1).mul_(saturated.all(2).all(0))
+
+
+def add_squares(g: Tensor, totals: Tensor) -> None:
+    """Add to `totals` (SQUARES_COLUMNS) the sum of squares of `g` and its number of elements."""
+    if ops.launchable(g, totals):
+        ops.kernels.add_squares(g, totals)
+        return
+    totals[0] += g.to(totals.dtype).square().sum()
+    totals[1] += g.numel()
