@@ -6,7 +6,7 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-from . import functional, nn
+from . import diagnostics, functional, nn
 from .autograd import SigmoidFunction
 from .functional import Path, path, sigmoid, sigmoid_, warmup
 from .nn import Sigmoid
@@ -18,6 +18,7 @@ __all__ = [
     "Path",
     "Sigmoid",
     "SigmoidFunction",
+    "diagnostics",
     "functional",
     "intercept",
     "nn",

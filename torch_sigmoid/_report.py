@@ -1,0 +1,131 @@
+"""How `diagnostics` puts its numbers before people: a table with words, and heat maps."""
+
+import math
+
+# Fractions of units that are worth a word, and a gradient's norm relative to the largest of the network.
+MANY_SATURATED = 0.5
+MANY_LOST = 0.01
+VANISHED = 1e-4
+
+COLUMNS = {
+    "layer": "name",
+    "type": "type",
+    "mean |f'|": "mean_derivative",
+    "least |f'|": "least_derivative",
+    "saturated": "saturated",
+    "lost to rounding": "lost_to_rounding",
+    "dead units": "dead_units",
+    "‖grad‖ in": "entering",
+    "‖grad‖ out": "leaving",
+    "out / in": "attenuation",
+}
+
+MEANINGS = """\
+mean, least |f'|   the layer's own derivative at its inputs: what it multiplies gradients by. A sigmoid's is 1/4 at best.
+saturated          inputs where |f'| is below {threshold:g}: hardly any gradient passes.
+lost to rounding   inputs whose gradient comes out as exactly 0 although |f'| is a normal number of the dtype.
+dead units         units saturated on every sample of the last {dead_after} watched calls.
+‖grad‖ in, out     norms of the gradient as it enters the layer in backward, and as it leaves; out / in is what it keeps.\
+"""
+
+ADVICE = {
+    "lost to rounding": 'rounding, not mathematics: torch_sigmoid.Sigmoid(save="input"), or replace(model, save="input"), '
+    "keeps these gradients",
+    "saturated": "inputs too large: a smaller or Xavier initialisation, normalisation before the layer, a lower learning rate",
+    "dead": "units that no sample moves: look at their biases and initialisation; normalisation brings them back",
+    "vanished": "the product of many small derivatives: SiLU or ReLU in hidden layers, residual connections, fewer sigmoids",
+}
+
+
+def troubles(layer: dict, largest: float) -> list[str]:
+    """What is wrong with a layer, as keys of ADVICE."""
+    found = []
+    if (layer["lost_to_rounding"] or 0) > MANY_LOST:
+        found.append("lost to rounding")
+    if (layer["saturated"] or 0) > MANY_SATURATED:
+        found.append("saturated")
+    if layer["dead_units"]:
+        found.append("dead")
+    if layer["leaving"] is not None and layer["leaving"] <= VANISHED * largest:
+        found.append("vanished")
+    return found
+
+
+def cell(key: str, layer: dict) -> str:
+    value = layer[key]
+    if value is None:
+        return "–"
+    if key in ("saturated", "lost_to_rounding"):
+        return f"{100 * value:.3g} %"
+    if key == "dead_units":
+        return f"{value} of {layer['units']}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(layers: list[dict], steps: list[tuple[int, int, int]], watch, file) -> None:
+    entering = [layer["entering"] for layer in layers if layer["entering"] is not None]
+    largest = max((norm for norm in entering if math.isfinite(norm)), default=0.0)
+    title = f"Gradients in steps {steps[0][0]} to {steps[-1][1]}, {len(steps)} watched rows (every {watch.every})"
+    rows = [[cell(key, layer) for key in COLUMNS.values()] for layer in layers]
+    _table(title, list(COLUMNS), rows, file)
+    print(MEANINGS.format(threshold=watch.threshold, dead_after=watch.dead_after), file=file)
+    unseen = [layer["name"] for layer in layers if layer["mean_derivative"] is None and layer["entering"] is None]
+    if unseen:
+        print(
+            f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)", file=file
+        )
+    in_trouble = {}
+    for layer in layers:
+        for trouble in troubles(layer, largest):
+            in_trouble.setdefault(trouble, []).append(layer["name"])
+    for trouble, names in in_trouble.items():
+        print(f"{trouble.upper()}: {', '.join(names)}\n    {ADVICE[trouble]}", file=file)
+    if not in_trouble:
+        print("No layer is in trouble.", file=file)
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]], file) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(heads, *rows)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
+        print("\n".join([title, *lines]), file=file)
+        return
+    table = Table(title=title)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=file, width=None if file.isatty() else 160)
+    console.print(table)
+
+
+def heat_maps(seen: dict):
+    """Layer × step, one panel a statistic; white where nothing was seen."""
+    import numpy as np
+    from matplotlib import colors
+    from matplotlib.figure import Figure
+
+    names = list(seen["layers"])
+    panels = (
+        ("saturated", "saturated", "linear"),
+        ("lost_to_rounding", "lost to rounding", "linear"),
+        ("attenuation", "attenuation (‖grad‖ out / in)", "log"),
+    )
+    figure = Figure(figsize=(4.5 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
+    edges = [*(first for first, _ in seen["steps"]), seen["steps"][-1][1] + seen["every"]]
+    for axes, (key, title, scale) in zip(figure.subplots(1, len(panels), sharey=True), panels):
+        values = np.array([seen["layers"][name][key] for name in names], dtype=float)
+        values = np.ma.masked_invalid(values)
+        if scale == "log":
+            # 0 has no logarithm: what is lost altogether takes the lowest colour.
+            norm = colors.LogNorm(vmin=1e-6, vmax=1, clip=True)
+        else:
+            norm = colors.Normalize(vmin=0, vmax=1)
+        image = axes.pcolormesh(edges, np.arange(len(names) + 1), values, norm=norm)
+        axes.set(title=title, xlabel="step", yticks=np.arange(len(names)) + 0.5, yticklabels=names)
+        axes.set_ylim(len(names), 0)
+        figure.colorbar(image, ax=axes)
+    return figure
