@@ -4,10 +4,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test lint bench figures gpu clean
+.PHONY: train vanishing test lint bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
+
+# Networks of growing depth, watched: where their gradients vanish. Writes into benchmarks/results/.
+vanishing: $(VENV)/installed
+	$(RUN) -m benchmarks.vanishing $(ARGS)
 
 # The same tests twice: as they are, then with the real kernels in Triton's interpreter.
 test: lint

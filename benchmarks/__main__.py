@@ -16,6 +16,7 @@ PARTS = {
     "code": ["benchmarks.code"],
     "host": ["benchmarks.host"],
     "memory": ["benchmarks.memory"],
+    "watch": ["benchmarks.watch"],
     "speed on the CPU": ["benchmarks.speed", "--device", "cpu"],
     "speed on the GPU": ["benchmarks.speed", "--device", "cuda"],
 }

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import record
+from . import record, vanishing
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
@@ -165,6 +165,27 @@ def code_table(code, folder):
     return f"{markdown(columns, rows, right=columns[2:])}\n\nRead off the machine code: {source(folder, 'code', code)}"
 
 
+def vanishing_table(vanishing_results, folder):
+    """Where each activation stops to learn, then what save= and the initialisation do to four sigmoid layers."""
+    stops = [list(row.values()) for row in vanishing.summary(vanishing_results["rows"])]
+    saves = []
+    for row in vanishing.saves(vanishing_results["rows"]):
+        norms = [f"{row[f'first step: gradient at the {which} layer']:.2g}" for which in ("last", "first")]
+        lost = percent(row["first step: lost to rounding"])
+        cells = (row["activation"], row["precision"], row["initialisation"], f"{row['accuracy']:.3f}", *norms, lost)
+        saves.append(cells)
+    first = markdown(list(vanishing.summary([])[0]), stops)
+    columns = ("four layers of", "precision", "initialisation", "accuracy", "gradient at the last layer", "at the first", "lost")
+    return f"{first}\n\n{markdown(columns, saves)}\n\nMeasured on {source(folder, 'vanishing', vanishing_results)}"
+
+
+def watch_table(watch, folder):
+    rows = [(row["watch"], row["microseconds a step"], f"{row['overhead %']:+.1f} %") for row in watch["rows"]]
+    shape = watch["rows"][0]
+    about = f"{shape['layers']} hidden layers of width {shape['width']}, batches of {shape['batch']}"
+    return f"{markdown(('watch', 'µs a step', 'overhead'), rows)}\n\n{about}: {source(folder, 'watch', watch)}"
+
+
 def gpu_table(folders):
     """The speed on each GPU that has been measured."""
     tables = []
@@ -187,7 +208,14 @@ def update_readme(name, text):
 
 
 DRAWINGS = {"accuracy": (draw_errors, draw_sigmoid), "speed": (draw_speed,), "host": (draw_host,)}
-TABLES = {"accuracy": accuracy_table, "speed": speed_table, "host": host_table, "code": code_table}
+TABLES = {
+    "accuracy": accuracy_table,
+    "speed": speed_table,
+    "host": host_table,
+    "code": code_table,
+    "vanishing": vanishing_table,
+    "watch": watch_table,
+}
 
 
 def main() -> int:
@@ -197,6 +225,9 @@ def main() -> int:
             if results := record.read(folder, name):
                 for draw in drawings:
                     draw(results, folder)
+        if results := record.read(folder, "vanishing"):
+            for path in vanishing.draw_all(results, folder):
+                print(f"drew {path.relative_to(record.ROOT)}")
         if (folder / "train" / "train.json").exists():
             from . import train
 

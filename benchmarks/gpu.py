@@ -7,6 +7,7 @@
     speed       time over size, dtype and layout
     host        cost of a call and of a layer, eager and under CUDA graphs
     memory      saved and peak bytes
+    watch       what a GradientWatch costs a training step
     tune        launch shapes
 
 A section's output goes to DIR/<section>.log, its numbers to DIR/<the GPU's name>/. The summary comes last and is written to
@@ -41,6 +42,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         "speed": ["-m", "benchmarks.speed", "--seconds", str(SECTION_SECONDS - 60), *out_option],
         "host": ["-m", "benchmarks.host", *out_option],
         "memory": ["-m", "benchmarks.memory", *out_option],
+        "watch": ["-m", "benchmarks.watch", *out_option],
         "tune": ["-m", "benchmarks.tune", *out_option],
     }
 
@@ -105,6 +107,10 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
             lines.append(
                 f"- {row['what']}, {row['dtype']}, {row['provider']}: {row['microseconds']:.1f} ({row['time / torch']:.2f})"
             )
+    if results := record.read(folder, "watch"):
+        lines += ["", "a training step with a GradientWatch:"]
+        for row in results["rows"]:
+            lines.append(f"- {row['watch']}: {row['microseconds a step']:.0f} µs ({row['overhead %']:+.1f} %)")
     return "\n".join(lines) + "\n"
 
 

@@ -113,7 +113,8 @@ def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
 
 def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeypatch, tmp_path):
     """`make figures` changes nothing."""
-    pytest.importorskip("matplotlib")
+    for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
     from benchmarks import figures
 
     readme = record.README.read_text()
@@ -122,7 +123,8 @@ def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeyp
     monkeypatch.setattr(record, "README", copy)
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(path), figures.plt.close(figure)))
-    monkeypatch.setattr("benchmarks.train.draw_all", lambda results, folder: [])
+    for module in ("train", "vanishing"):
+        monkeypatch.setattr(f"benchmarks.{module}.draw_all", lambda results, folder: [])
     assert figures.main() == 0
     assert copy.read_text() == readme
     assert all(path.exists() for path in drawn)

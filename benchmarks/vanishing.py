@@ -1,0 +1,241 @@
+"""Where gradients vanish: networks of growing depth on images of digits, watched by torch_sigmoid.diagnostics.GradientWatch.
+
+1. Depth 2 to 20, with sigmoid, SiLU and ReLU, in fp32 and under bf16 autocast, from PyTorch's initialisation and from
+   Xavier's: the accuracy reached, the gradient's norm at each layer in the first step and through training.
+2. Four sigmoid layers, save="output" against save="input", in fp32 and bf16, from PyTorch's initialisation, Xavier's, and
+   saturated (every bias at +8): the accuracy reached, and the fraction of gradients lost to rounding in the first step.
+
+Exits with 1 if a number is not finite, or if save="input" loses a gradient to rounding.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import torch_sigmoid
+from torch_sigmoid.diagnostics import GradientWatch
+
+from . import record
+from .train import BATCH_SIZE, load_tasks
+
+DEPTHS = (2, 3, 4, 6, 8, 10, 14, 20)
+WIDTH = 64
+LEARNING_RATE = 1e-3
+# The digits are ten classes: by chance one gets 0.1.
+LEARNS = 0.5
+SATURATING_BIAS = 8.0
+EVERY = 10
+# Whose gradient norms through training are kept for a figure.
+SHOWN_DEPTH = 8
+ACTIVATIONS = {
+    "sigmoid": torch_sigmoid.Sigmoid,
+    'sigmoid, save="input"': lambda: torch_sigmoid.Sigmoid(save="input"),
+    "SiLU": nn.SiLU,
+    "ReLU": nn.ReLU,
+}
+
+
+def build(task, activation, depth, initialisation, seed):
+    """`depth` hidden layers."""
+    torch.manual_seed(seed)
+    widths = [task.train_inputs.shape[1]] + [WIDTH] * depth
+    layers = []
+    for inside, outside in itertools.pairwise(widths):
+        layers += [nn.Linear(inside, outside), ACTIVATIONS[activation]()]
+    network = nn.Sequential(*layers, nn.Linear(WIDTH, task.classes)).to(task.train_inputs.device)
+    for linear in layers[::2]:
+        if initialisation == "Xavier":
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        elif initialisation == "saturated":
+            nn.init.constant_(linear.bias, SATURATING_BIAS)
+    return network
+
+
+def run(task, epochs, seed, activation, depth, precision, initialisation) -> tuple[dict, dict]:
+    """One training: its row of the table, and what the watch saw."""
+    network = build(task, activation, depth, initialisation, seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    shuffle = torch.Generator().manual_seed(seed)
+    device = task.train_inputs.device
+    context = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    activations = tuple({type(module) for module in network[1::2]})
+    with GradientWatch(network, every=EVERY, modules=activations) as watch:
+        for _ in range(epochs):
+            for batch in torch.randperm(len(task.train_inputs), generator=shuffle).split(BATCH_SIZE):
+                batch = batch.to(device)
+                with context:
+                    logits = network(task.train_inputs[batch])
+                loss = nn.functional.cross_entropy(logits.float(), task.train_targets[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    with torch.no_grad(), context:
+        correct = network(task.test_inputs).argmax(1) == task.test_targets
+    seen = watch.to_dict()
+    layers = list(seen["layers"].values())
+    row = {
+        "activation": activation,
+        "depth": depth,
+        "precision": precision,
+        "initialisation": initialisation,
+        "accuracy": correct.double().mean().item(),
+        "last loss": loss.item(),
+        "first step: gradient at the first layer": layers[0]["entering"][0],
+        "first step: gradient at the last layer": layers[-1]["entering"][0],
+        "first step: saturated": max(layer["saturated"][0] for layer in layers),
+        "first step: lost to rounding": max(layer["lost_to_rounding"][0] for layer in layers),
+    }
+    return row, seen
+
+
+def experiments(depths):
+    """Activation, depth, precision and initialisation of each training."""
+    for activation, depth in itertools.product(("sigmoid", "SiLU", "ReLU"), depths):
+        yield activation, depth, "fp32", "default"
+        yield activation, depth, "fp32", "Xavier"
+        yield activation, depth, "bf16", "default"
+    yield from itertools.product(
+        ("sigmoid", 'sigmoid, save="input"'), (4,), ("fp32", "bf16"), ("default", "Xavier", "saturated")
+    )
+
+
+def deepest(rows, activation, precision, initialisation):
+    """The largest depth of the sweep that learns, and the next one, which does not; None where there is none."""
+    reached = {
+        row["depth"]: row["accuracy"] >= LEARNS
+        for row in rows
+        if (row["activation"], row["precision"], row["initialisation"]) == (activation, precision, initialisation)
+    }
+    stops = next((depth for depth, learns in sorted(reached.items()) if not learns), None)
+    learnt = [depth for depth in reached if reached[depth] and (stops is None or depth < stops)]
+    return max(learnt, default=None), stops
+
+
+def summary(rows):
+    """At which depth each activation stops to learn."""
+    lines = []
+    for activation, (precision, initialisation) in itertools.product(
+        ("sigmoid", "SiLU", "ReLU"), (("fp32", "default"), ("fp32", "Xavier"), ("bf16", "default"))
+    ):
+        learnt, stops = deepest(rows, activation, precision, initialisation)
+        lines.append(
+            {
+                "activation": activation,
+                "precision": precision,
+                "initialisation": initialisation,
+                "learns up to depth": learnt or "none",
+                "stops at depth": stops or "none of these",
+            }
+        )
+    return lines
+
+
+def saves(rows):
+    """The rows of the second experiment."""
+    return [row for row in rows if row["depth"] == 4 and row["activation"].startswith("sigmoid")]
+
+
+def draw_all(results, folder):
+    """The figures of vanishing.json; their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    rows, norms = results["rows"], results["norms"]
+    about = f"{results['environment']['device']}, torch {results['environment']['torch']}"
+    activations, settings = ("sigmoid", "SiLU", "ReLU"), (("fp32", "default"), ("fp32", "Xavier"), ("bf16", "default"))
+    colours = dict(zip(activations, ("C3", "C0", "C2")))
+    styles = dict(zip(settings, ("-", "--", ":")))
+
+    figure, (accuracy, first) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for activation, setting in itertools.product(activations, settings):
+        own = [row for row in rows if (row["activation"], (row["precision"], row["initialisation"])) == (activation, setting)]
+        own = {row["depth"]: row for row in own}
+        label = f"{activation}, {', '.join(setting)}"
+        look = {"color": colours[activation], "linestyle": styles[setting], "label": label}
+        accuracy.plot(sorted(own), [own[depth]["accuracy"] for depth in sorted(own)], marker=".", **look)
+        deep = next(each for each in norms if each["activation"] == activation and each["setting"] == list(setting))
+        values = np.array(deep["first step"], dtype=float)
+        first.semilogy(range(1, len(values) + 1), np.where(values > 0, values, np.nan), **look)
+    accuracy.axhline(LEARNS, color="grey", linewidth=0.8)
+    accuracy.set(xlabel="hidden layers", ylabel="held-out accuracy", title=f"after {results['epochs']} epochs of digits")
+    first.set(xlabel="layer", ylabel="norm of the gradient entering it", title=f"first step, {max(DEPTHS)} hidden layers")
+    accuracy.legend(fontsize="x-small")
+    figure.suptitle(about)
+    paths = [folder / "vanishing.png", folder / "vanishing_training.png"]
+    figure.savefig(paths[0], dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+    figure, panels = plt.subplots(1, len(activations), figsize=(12, 3.6), layout="constrained", sharey=True)
+    for panel, each in zip(panels, results["through training"]):
+        values = np.ma.masked_less_equal(np.array(each["entering"], dtype=float), 0)
+        edges = np.append(each["steps"], each["steps"][-1] + EVERY)
+        image = panel.pcolormesh(edges, np.arange(len(values) + 1) + 0.5, values, norm=LogNorm(1e-8, 1, clip=True))
+        panel.set(title=each["activation"], xlabel="step")
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=panels, label="norm of the gradient entering it")
+    figure.suptitle(f"{SHOWN_DEPTH} hidden layers, fp32, PyTorch's initialisation; {about}")
+    figure.savefig(paths[1], dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return paths
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vanishing", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default=str(record.default_device()))
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    arguments = parser.parse_args(argv)
+    if arguments.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
+    return arguments
+
+
+def main(argv=None) -> int:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    (task,) = (task for task in load_tasks(device, torch.float32, arguments.seed) if task.name == "digits")
+    rows, norms, through_training = [], [], []
+    for setting in record.progress(dict.fromkeys(experiments(DEPTHS)), "training"):
+        row, seen = run(task, arguments.epochs, arguments.seed, *setting)
+        rows.append(row)
+        activation, depth, precision, initialisation = setting
+        entering = [layer["entering"] for layer in seen["layers"].values()]
+        if depth == max(DEPTHS):
+            first_step = [norm[0] for norm in entering]
+            norms.append({"activation": activation, "setting": [precision, initialisation], "first step": first_step})
+        if (depth, precision, initialisation) == (SHOWN_DEPTH, "fp32", "default"):
+            steps = [first for first, _ in seen["steps"]]
+            through_training.append({"activation": activation, "steps": steps, "entering": entering})
+    about = record.environment(device)
+    folder = record.folder_of(device, arguments.out)
+    more = {"epochs": arguments.epochs, "norms": norms, "through training": through_training}
+    record.write(folder, "vanishing", rows, about, **more)
+    for path in draw_all({"environment": about, "rows": rows, **more}, folder):
+        print(f"drew {path}")
+    record.show("Every training", rows)
+    record.show(f"Where each activation stops to learn (held-out accuracy below {LEARNS})", summary(rows))
+    failures = []
+    for row in rows:
+        if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+            failures.append(f"not finite: {row}")
+        if row["activation"] == 'sigmoid, save="input"' and row["first step: lost to rounding"] > 0:
+            failures.append(f"lost to rounding: {row}")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
