@@ -27,47 +27,51 @@ def targets() -> dict:
 
 
 def operators() -> dict:
-    """The kernel, the number of its inputs and outputs, and its constants."""
+    """The launcher of an element-wise operator, and the number of its inputs and outputs."""
     from torch_sigmoid.kernels import sigmoid
 
     return {
-        "forward": (sigmoid.sigmoid_forward_kernel, 1, 1, {}),
-        "backward-from-output": (sigmoid.sigmoid_backward_kernel, 2, 1, {"FROM_INPUT": False}),
-        "backward-from-input": (sigmoid.sigmoid_backward_kernel, 2, 1, {"FROM_INPUT": True}),
-        "double-backward-from-output": (sigmoid.sigmoid_double_backward_kernel, 3, 2, {"FROM_INPUT": False}),
-        "double-backward-from-input": (sigmoid.sigmoid_double_backward_kernel, 3, 2, {"FROM_INPUT": True}),
+        "forward": (sigmoid._forward, 1, 1),
+        "backward-from-output": (sigmoid._backward[False], 2, 1),
+        "backward-from-input": (sigmoid._backward[True], 2, 1),
+        "double-backward-from-output": (sigmoid._double_backward[False], 3, 2),
+        "double-backward-from-input": (sigmoid._double_backward[True], 3, 2),
     }
 
 
-def compile_operator(operator, dtype, target, shape, strides=None):
-    """Compile as a launch over tensors of this shape and these strides would, every pointer on 16 bytes."""
+def compile_launch(launcher, inputs, outputs, target):
+    """Compile what a launch over such tensors would run, every pointer on 16 bytes; they may be of the meta device."""
     import triton
     from triton.compiler import ASTSource
 
     from torch_sigmoid.kernels import launch
 
-    kernel, n_inputs, n_outputs, constants = operators()[operator]
-    n_tensors = n_inputs + n_outputs
-    plan = launch.plan(shape, strides or ((1,),) * n_tensors)
-    names = kernel.arg_names
-    signature = dict.fromkeys(names[:n_tensors], POINTERS[dtype])
-    attributes = {(index,): [["tt.divisibility", 16]] for index in range(n_tensors)}
-    constexprs = constants | {
-        "BLOCK_ROWS": plan.block_rows,
-        "BLOCK_COLUMNS": plan.block_columns,
-        "USE_INT64": plan.use_int64,
-    }
-    integers = [*plan.row_strides, *plan.column_strides, plan.n_rows, plan.n_columns]
-    for index, (name, value) in enumerate(zip(names[n_tensors:], integers), start=n_tensors):
-        if value is None or (value == 1 and name not in launch.SIZES):
-            constexprs[name] = value
+    _, arguments = launcher.arrange(inputs, outputs)
+    signature, constexprs, attributes = {}, {}, {}
+    values = (*inputs, *outputs, *arguments, *launcher.constants)
+    for index, (parameter, value) in enumerate(zip(launcher.kernel.params, values, strict=True)):
+        specialised = not (parameter.is_constexpr or parameter.do_not_specialize)
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and name not in launch.SIZES:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if specialised and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    source = ASTSource(kernel, {name: signature[name] for name in names}, constexprs, attributes)
+    source = ASTSource(launcher.kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options={"num_warps": launch.NUM_WARPS, "enable_fp_fusion": True})
+
+
+def compile_operator(operator, dtype, target, shape, strides=None):
+    """Compile an element-wise operator over tensors of this shape and these strides."""
+    launcher, n_inputs, n_outputs = operators()[operator]
+    tensors = [
+        torch.empty_strided(shape, own, dtype=dtype, device="meta") for own in strides or ((1,),) * (n_inputs + n_outputs)
+    ]
+    return compile_launch(launcher, tensors[:n_inputs], tensors[n_inputs:], target)
 
 
 def disassemble(compiled):

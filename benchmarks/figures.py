@@ -166,16 +166,19 @@ def code_table(code, folder):
 
 
 def vanishing_table(vanishing_results, folder):
-    """Where each activation stops to learn, then what save= and the initialisation do to four sigmoid layers."""
+    """Where each activation stops to learn, then what save= and the initialisation do to sigmoid layers."""
     stops = [list(row.values()) for row in vanishing.summary(vanishing_results["rows"])]
     saves = []
     for row in vanishing.saves(vanishing_results["rows"]):
-        norms = [f"{row[f'first step: gradient at the {which} layer']:.2g}" for which in ("last", "first")]
+        norms = [
+            f"{row[f'first step: gradient {where}']:.2g}" for where in ("entering the last layer", "leaving the first layer")
+        ]
         lost = percent(row["first step: lost to rounding"])
-        cells = (row["activation"], row["precision"], row["initialisation"], f"{row['accuracy']:.3f}", *norms, lost)
-        saves.append(cells)
+        about = (row[key] for key in ("depth", "initialisation", "precision", "activation"))
+        saves.append((*about, f"{row['accuracy']:.3f}", *norms, lost))
     first = markdown(list(vanishing.summary([])[0]), stops)
-    columns = ("four layers of", "precision", "initialisation", "accuracy", "gradient at the last layer", "at the first", "lost")
+    gradient = ("gradient entering the last", "leaving the first", "lost to rounding")
+    columns = ("layers", "initialisation", "precision", "activation", "accuracy", *gradient)
     return f"{first}\n\n{markdown(columns, saves)}\n\nMeasured on {source(folder, 'vanishing', vanishing_results)}"
 
 

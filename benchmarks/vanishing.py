@@ -2,8 +2,8 @@
 
 1. Depth 2 to 20, with sigmoid, SiLU and ReLU, in fp32 and under bf16 autocast, from PyTorch's initialisation and from
    Xavier's: the accuracy reached, the gradient's norm at each layer in the first step and through training.
-2. Four sigmoid layers, save="output" against save="input", in fp32 and bf16, from PyTorch's initialisation, Xavier's, and
-   saturated (every bias at +8): the accuracy reached, and the fraction of gradients lost to rounding in the first step.
+2. One sigmoid layer and four, save="output" against save="input", in fp32 and bf16, from PyTorch's initialisation,
+   Xavier's, and saturated (every bias at +8): the same, and the fraction of gradients lost to rounding in the first step.
 
 Exits with 1 if a number is not finite, or if save="input" loses a gradient to rounding.
 """
@@ -25,11 +25,13 @@ from . import record
 from .train import BATCH_SIZE, load_tasks
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 14, 20)
+SAVE_DEPTHS = (1, 4)
 WIDTH = 64
 LEARNING_RATE = 1e-3
 # The digits are ten classes: by chance one gets 0.1.
 LEARNS = 0.5
 SATURATING_BIAS = 8.0
+INITIALISATIONS = ("default", "Xavier", "saturated")
 EVERY = 10
 # Whose gradient norms through training are kept for a figure.
 SHOWN_DEPTH = 8
@@ -87,8 +89,8 @@ def run(task, epochs, seed, activation, depth, precision, initialisation) -> tup
         "initialisation": initialisation,
         "accuracy": correct.double().mean().item(),
         "last loss": loss.item(),
-        "first step: gradient at the first layer": layers[0]["entering"][0],
-        "first step: gradient at the last layer": layers[-1]["entering"][0],
+        "first step: gradient entering the last layer": layers[-1]["entering"][0],
+        "first step: gradient leaving the first layer": layers[0]["leaving"][0],
         "first step: saturated": max(layer["saturated"][0] for layer in layers),
         "first step: lost to rounding": max(layer["lost_to_rounding"][0] for layer in layers),
     }
@@ -101,20 +103,22 @@ def experiments(depths):
         yield activation, depth, "fp32", "default"
         yield activation, depth, "fp32", "Xavier"
         yield activation, depth, "bf16", "default"
-    yield from itertools.product(
-        ("sigmoid", 'sigmoid, save="input"'), (4,), ("fp32", "bf16"), ("default", "Xavier", "saturated")
-    )
+    for depth, initialisation, precision in itertools.product(SAVE_DEPTHS, INITIALISATIONS, ("fp32", "bf16")):
+        yield "sigmoid", depth, precision, initialisation
+        yield 'sigmoid, save="input"', depth, precision, initialisation
 
 
-def deepest(rows, activation, precision, initialisation):
+def accuracies(rows, *setting):
+    """Of an activation, a precision and an initialisation, over DEPTHS."""
+    own = {row["depth"]: row for row in rows if (row["activation"], row["precision"], row["initialisation"]) == setting}
+    return {depth: own[depth]["accuracy"] for depth in DEPTHS if depth in own}
+
+
+def deepest(rows, *setting):
     """The largest depth of the sweep that learns, and the next one, which does not; None where there is none."""
-    reached = {
-        row["depth"]: row["accuracy"] >= LEARNS
-        for row in rows
-        if (row["activation"], row["precision"], row["initialisation"]) == (activation, precision, initialisation)
-    }
-    stops = next((depth for depth, learns in sorted(reached.items()) if not learns), None)
-    learnt = [depth for depth in reached if reached[depth] and (stops is None or depth < stops)]
+    reached = accuracies(rows, *setting)
+    stops = next((depth for depth, accuracy in reached.items() if accuracy < LEARNS), None)
+    learnt = [depth for depth in reached if stops is None or depth < stops]
     return max(learnt, default=None), stops
 
 
@@ -138,8 +142,9 @@ def summary(rows):
 
 
 def saves(rows):
-    """The rows of the second experiment."""
-    return [row for row in rows if row["depth"] == 4 and row["activation"].startswith("sigmoid")]
+    """The rows of the second experiment, those to compare next to each other."""
+    own = [row for row in rows if row["depth"] in SAVE_DEPTHS and row["activation"].startswith("sigmoid")]
+    return sorted(own, key=lambda row: (row["depth"], INITIALISATIONS.index(row["initialisation"]), row["precision"] == "bf16"))
 
 
 def draw_all(results, folder):
@@ -150,6 +155,7 @@ def draw_all(results, folder):
     import matplotlib.pyplot as plt
     import numpy as np
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     rows, norms = results["rows"], results["norms"]
     about = f"{results['environment']['device']}, torch {results['environment']['torch']}"
@@ -157,20 +163,21 @@ def draw_all(results, folder):
     colours = dict(zip(activations, ("C3", "C0", "C2")))
     styles = dict(zip(settings, ("-", "--", ":")))
 
-    figure, (accuracy, first) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (accuracy, first) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for activation, setting in itertools.product(activations, settings):
-        own = [row for row in rows if (row["activation"], (row["precision"], row["initialisation"])) == (activation, setting)]
-        own = {row["depth"]: row for row in own}
+        reached = accuracies(rows, activation, *setting)
         label = f"{activation}, {', '.join(setting)}"
         look = {"color": colours[activation], "linestyle": styles[setting], "label": label}
-        accuracy.plot(sorted(own), [own[depth]["accuracy"] for depth in sorted(own)], marker=".", **look)
+        accuracy.plot(reached.keys(), reached.values(), marker=".", **look)
         deep = next(each for each in norms if each["activation"] == activation and each["setting"] == list(setting))
         values = np.array(deep["first step"], dtype=float)
         first.semilogy(range(1, len(values) + 1), np.where(values > 0, values, np.nan), **look)
     accuracy.axhline(LEARNS, color="grey", linewidth=0.8)
     accuracy.set(xlabel="hidden layers", ylabel="held-out accuracy", title=f"after {results['epochs']} epochs of digits")
     first.set(xlabel="layer", ylabel="norm of the gradient entering it", title=f"first step, {max(DEPTHS)} hidden layers")
-    accuracy.legend(fontsize="x-small")
+    for panel in (accuracy, first):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(about)
     paths = [folder / "vanishing.png", folder / "vanishing_training.png"]
     figure.savefig(paths[0], dpi=120, metadata={"Software": None})

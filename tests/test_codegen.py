@@ -16,13 +16,14 @@ from benchmarks.code import (
     EVEN,
     ODD,
     POINTERS,
+    compile_launch,
     compile_operator,
     disassemble,
     elements_per_thread,
     operators,
     targets,
 )
-from torch_sigmoid.kernels import launch
+from torch_sigmoid.kernels import launch, statistics
 
 TARGETS = targets()
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
@@ -55,7 +56,7 @@ def test_full_width_accesses_and_no_spills(operator, target, n, dtype):
     assert stack == 0
     assert not any(name.startswith(("LDL", "STL")) for name in instructions)
     wide = elements_per_thread() * dtype.itemsize // 16
-    _, n_inputs, n_outputs, _ = OPERATORS[operator]
+    _, n_inputs, n_outputs = OPERATORS[operator]
     for prefix, count in (("LDG", n_inputs), ("STG", n_outputs)):
         widths = [name for name in instructions if name.startswith(prefix)]
         assert sum(".128" in name for name in widths) == count * wide
@@ -144,3 +145,37 @@ def test_the_backward_is_not_contracted():
     assert "fma.rn" not in ptx
     assert "sub.f32" in ptx
     assert "mul.f32" in ptx
+
+
+def meta(*shape, dtype=torch.float64):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def statistics_launches(dtype):
+    """What a watch launches for a batch of features, for channels of an image, and for a gradient."""
+    arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
+    bounds, alive = meta(8, dtype=arithmetic), meta(1024, dtype=torch.float32)
+    features, channels = meta(4096, 1024, 1, dtype=dtype), meta(64, 1024, 256, dtype=dtype)
+    for kind, launcher in statistics._activation.items():
+        yield f"{kind} of features", launcher, (features, bounds), (meta(4096, 5), alive)
+        yield f"{kind} of channels", launcher, (channels, bounds), (meta(16384, 5), alive)
+    yield "squares", statistics._squares, (meta(1 << 20, dtype=dtype),), (meta(1024, 2),)
+    yield "fold", statistics._fold_activation, (meta(16384, 5),), (meta(5),)
+    yield "streak", statistics._streak, (alive, alive), (alive, alive)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", *AMD_ARCHITECTURES])
+@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
+    for name, launcher, inputs, outputs in statistics_launches(dtype):
+        compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
+        if target in AMD_ARCHITECTURES:
+            assert "scratch_load" not in compiled.asm["amdgcn"], name
+            continue
+        instructions, _, stack = disassemble(compiled)
+        # Where ptxas wants one register less than the reductions take, it puts two of a program's sums aside.
+        assert stack <= 16, name
+        assert not {"ATOM", "ATOMG", "RED", "REDG"} & {each.split(".")[0] for each in instructions}, name
+        if name not in ("fold", "streak"):
+            wide = [instruction for instruction in instructions if instruction.startswith("LDG") and ".128" in instruction]
+            assert len(wide) == elements_per_thread() * dtype.itemsize // 16, name
