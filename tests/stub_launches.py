@@ -286,6 +286,24 @@ def check_after_warmup_nothing_is_compiled():
         knobs.runtime.jit_post_compile_hook = None
 
 
+def check_a_watch_launches_without_looking_up():
+    """Three kernels for an activation's input, two for each of its gradients."""
+    layer = torch_sigmoid.Sigmoid()
+    watch = torch_sigmoid.diagnostics.GradientWatch(layer)
+    x = torch.empty(640, 64, requires_grad=True)
+    unwatched, watched = (lambda: layer(x).backward(torch.empty(640, 64))), []
+    unwatched()
+    before = record.launches
+    unwatched()
+    own = record.launches - before
+    with watch:
+        for _ in range(2):
+            before = record.launches
+            looked_up = through_triton(unwatched)
+            watched.append((record.launches - before - own, looked_up))
+    assert watched == [(3 + 2 * 2, 3 + 2), (3 + 2 * 2, 0)], watched
+
+
 def main():
     failures = {}
     for name, check in list(globals().items()):

@@ -130,3 +130,79 @@ def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeyp
     assert all(path.exists() for path in drawn)
     shown = {record.ROOT / path for path in figures.re.findall(r"\]\((benchmarks/results/[^)]*\.png)\)", readme)}
     assert all(path.exists() for path in shown)
+
+
+@pytest.fixture
+def vanishing(monkeypatch):
+    for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
+    from benchmarks import vanishing
+
+    monkeypatch.setattr(vanishing, "DEPTHS", (2, 6))
+    monkeypatch.setattr(vanishing, "SAVE_DEPTHS", (1,))
+    monkeypatch.setattr(vanishing, "SHOWN_DEPTH", 2)
+    return vanishing
+
+
+def test_the_demonstration_sees_gradients_vanish(vanishing, tmp_path):
+    assert vanishing.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / "cpu").iterdir()} == {
+        "vanishing.csv",
+        "vanishing.json",
+        "vanishing.png",
+        "vanishing_training.png",
+    }
+    results = json.loads((tmp_path / "cpu" / "vanishing.json").read_text())
+    names = ("activation", "depth", "precision", "initialisation")
+    rows = {tuple(row[name] for name in names): row for row in results["rows"]}
+    for activation in ("sigmoid", "SiLU", "ReLU"):
+        norms = next(each["first step"] for each in results["norms"] if each["activation"] == activation)
+        assert len(norms) == 6
+        # σ' is 1/4 at best; what a layer's weights give back does not make up for it.
+        assert norms == sorted(norms)
+    first = "first step: gradient leaving the first layer"
+    assert rows["sigmoid", 6, "fp32", "default"][first] < 1e-3 * rows["sigmoid", 2, "fp32", "default"][first]
+    lost, kept = rows["sigmoid", 1, "bf16", "saturated"], rows['sigmoid, save="input"', 1, "bf16", "saturated"]
+    assert lost["first step: lost to rounding"] > 0.99
+    assert kept["first step: lost to rounding"] == 0
+    assert kept[first] > 0
+
+
+def test_the_demonstration_fails_where_a_gradient_is_lost_after_all(vanishing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(vanishing.ACTIVATIONS, 'sigmoid, save="input"', torch_sigmoid.Sigmoid)
+    assert vanishing.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 1
+    assert "FAILED lost to rounding" in capsys.readouterr().out
+
+
+def test_where_an_activation_stops_is_its_first_failure(vanishing):
+    rows = [
+        {"activation": "SiLU", "depth": depth, "precision": "fp32", "initialisation": "default", "accuracy": accuracy}
+        for depth, accuracy in ((1, 0.9), (2, 0.8), (6, 0.1))
+    ]
+    assert vanishing.deepest(rows, "SiLU", "fp32", "default") == (2, 6)
+    assert vanishing.deepest(rows[:2], "SiLU", "fp32", "default") == (2, None)
+    assert vanishing.deepest(rows[2:], "SiLU", "fp32", "default") == (None, 6)
+
+
+class Meddling(torch_sigmoid.diagnostics.GradientWatch):
+    """A watch that changes what it watches."""
+
+    def _before(self, layer, module, args, kwargs):
+        args[0].data.mul_(1.001)
+
+
+@pytest.mark.parametrize(("watch", "code"), [(torch_sigmoid.diagnostics.GradientWatch, 0), (Meddling, 1)])
+def test_the_price_of_a_watch_is_measured_only_where_it_changes_nothing(watch, code, monkeypatch, tmp_path, capsys):
+    from benchmarks import watch as part
+
+    monkeypatch.setattr(part, "GradientWatch", watch)
+    for constant, value in (("WIDTH", 32), ("BATCH", 8), ("ROUNDS", 2)):
+        monkeypatch.setitem(getattr(part, constant), "cpu", value)
+    assert part.main(["--device", "cpu", "--out", str(tmp_path)]) == code
+    if code:
+        assert "changed the parameters" in capsys.readouterr().out
+        assert not list(tmp_path.iterdir())
+    else:
+        rows = json.loads((tmp_path / "cpu" / "watch.json").read_text())["rows"]
+        assert [row["watch"] for row in rows] == ["no watch", "every=1", "every=10"]
+        assert rows[0]["overhead %"] == 0
