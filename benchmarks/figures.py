@@ -166,24 +166,26 @@ def code_table(code, folder):
 
 
 def vanishing_table(vanishing_results, folder):
-    """Where each activation stops to learn, then what save= and the initialisation do to sigmoid layers."""
+    """Where each activation stops to learn, then what save= does to sigmoid layers that start saturated."""
     stops = [list(row.values()) for row in vanishing.summary(vanishing_results["rows"])]
     saves = []
     for row in vanishing.saves(vanishing_results["rows"]):
+        if row["initialisation"] != "saturated":
+            continue
         norms = [
             f"{row[f'first step: gradient {where}']:.2g}" for where in ("entering the last layer", "leaving the first layer")
         ]
         lost = percent(row["first step: lost to rounding"])
-        about = (row[key] for key in ("depth", "initialisation", "precision", "activation"))
+        about = (row[key] for key in ("depth", "precision", "activation"))
         saves.append((*about, f"{row['accuracy']:.3f}", *norms, lost))
     first = markdown(list(vanishing.summary([])[0]), stops)
     gradient = ("gradient entering the last", "leaving the first", "lost to rounding")
-    columns = ("layers", "initialisation", "precision", "activation", "accuracy", *gradient)
+    columns = ("saturated layers", "precision", "activation", "accuracy", *gradient)
     return f"{first}\n\n{markdown(columns, saves)}\n\nMeasured on {source(folder, 'vanishing', vanishing_results)}"
 
 
 def watch_table(watch, folder):
-    rows = [(row["watch"], row["microseconds a step"], f"{row['overhead %']:+.1f} %") for row in watch["rows"]]
+    rows = [(row["watch"], f"{row['microseconds a step']:.0f}", f"{row['overhead %']:+.1f} %") for row in watch["rows"]]
     shape = watch["rows"][0]
     about = f"{shape['layers']} hidden layers of width {shape['width']}, batches of {shape['batch']}"
     return f"{markdown(('watch', 'µs a step', 'overhead'), rows)}\n\n{about}: {source(folder, 'watch', watch)}"
