@@ -3,6 +3,7 @@
     python3 -m benchmarks.gpu --out DIR [section ...]
 
     tests       the test suite, on CUDA too
+    layouts     those of its tests that compile most: layouts, strides, tracing
     exhaustive  forward and gradient of every fp16, bf16 and fp32 input (N1)
     speed       time over size, dtype and layout
     host        cost of a call and of a layer, eager and under CUDA graphs
@@ -29,15 +30,20 @@ from . import record
 SECTION_SECONDS = 480
 
 
-def tests():
+# Of the tests, those that compile most: hundreds of layouts, and whole graphs.
+COMPILING_TESTS = ("tests/test_layouts.py", "tests/test_strides.py", "tests/test_tracing.py")
+
+
+def pytest_command(*arguments):
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "tests"]
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments]
 
 
 def commands(out: Path) -> dict[str, list[str]]:
     out_option = ["--out", str(out)]
     return {
-        "tests": tests(),
+        "tests": pytest_command("tests", *(f"--ignore={path}" for path in COMPILING_TESTS)),
+        "layouts": pytest_command(*COMPILING_TESTS),
         "exhaustive": ["-m", "benchmarks.accuracy", *out_option],
         "speed": ["-m", "benchmarks.speed", "--seconds", str(SECTION_SECONDS - 60), *out_option],
         "host": ["-m", "benchmarks.host", *out_option],

@@ -1,13 +1,13 @@
 """What a small operator costs on the host: 1024 elements, whose kernels take no time worth naming.
 
-On a GPU, by the clock and without waiting for the device, and once more under a CUDA graph. Without one, in a process whose
-CUDA driver is a stub that returns at once (stub.py): there torch's column contains its arithmetic on the CPU, half a
-microsecond, and ours the dispatch and the launch as they are on a GPU, but for the driver's own part.
+On a GPU, by the clock and without waiting for the device, but for the last, which is the device's own time. Without one, in a
+process whose CUDA driver is a stub that returns at once (stub.py): there torch's column contains its arithmetic on the CPU,
+half a microsecond, and ours the dispatch and the launch as they are on a GPU, but for the driver's own part.
 
     call    one forward of the function, without gradient
     chain   forward and backward of one function in a chain of eight
     layer   forward and backward of one layer in a chain of eight
-    graph   the same as `layer`, replayed as a CUDA graph
+    graph   the same as `layer`, replayed as a CUDA graph, until the device is done
 """
 
 import argparse
@@ -91,6 +91,8 @@ def sample(runs, synchronize):
             start = time.perf_counter()
             for _ in range(CALLS):
                 run()
+            if name[0] == "graph":
+                synchronize()
             samples[name].append((time.perf_counter() - start) * 1e6 / CALLS / LAYERS)
             synchronize()
     gc.enable()

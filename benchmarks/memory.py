@@ -50,6 +50,7 @@ def measure(device):
     rows = []
     work = [(name, operator, dtype) for name, operator in operators().items() for dtype in DTYPES]
     for name, operator, dtype in record.progress(work, "memory"):
+        torch._dynamo.reset()
         for label, provider in operator.providers.items():
             if device.type not in provider.devices:
                 continue

@@ -66,7 +66,7 @@ def _naive():
 def providers() -> dict[str, Provider]:
     table = {
         "torch": Provider(torch.nn.Sigmoid()),
-        "torch.compile": Provider(torch.compile(torch.sigmoid), ("cuda",)),
+        "torch.compile": Provider(torch.compile(torch.sigmoid, dynamic=False), ("cuda",)),
         "ours, output": Provider(torch_sigmoid.Sigmoid()),
         "ours, input": Provider(torch_sigmoid.Sigmoid(save="input")),
     }

@@ -9,6 +9,7 @@ A sample is a batch of calls between two events (two clock readings on a CPU); m
 """
 
 import argparse
+import collections
 import itertools
 import math
 import sys
@@ -63,6 +64,7 @@ def rows_of_a_slice(n, dtype, device):
 
 
 def expanded_gradient(n, dtype, device):
+    """Of `.sum().backward()`: one number, so a tensor less to read."""
     return torch.randn(n, dtype=dtype, device=device), torch.randn((), dtype=dtype, device=device).expand(n)
 
 
@@ -115,22 +117,27 @@ def make_buffers(case, device):
 
 
 def prepare(function, mode, buffers):
-    """`run(i)`: the timed call on the i-th buffers. Graphs of "backward" are built here, outside of the timing."""
+    """`run(i)`: the timed call on the i-th buffers. Graphs of "backward" are built here, outside of the timing.
+
+    As many results are held as there are buffers, lest each be written where the last one is still in the L2 cache.
+    """
     grad_of = torch.autograd.grad
+    results = collections.deque(maxlen=len(buffers) if len(buffers) > 1 else 0)
     if mode == "forward":
-        return lambda i: function(buffers[i % len(buffers)][0])
+        return lambda i: results.append(function(buffers[i % len(buffers)][0]))
     leaves = [(x.detach().requires_grad_(), grad) for x, grad in buffers]
     if mode == "both":
 
         def both(i):
             x, grad = leaves[i % len(leaves)]
-            grad_of(function(x), x, grad)
+            y = function(x)
+            results.append((y, grad_of(y, x, grad)))
 
         return both
     graphs = [(function(x), x, grad) for x, grad in leaves]
 
     def backward(i):
-        grad_of(*graphs[i % len(graphs)], retain_graph=True)
+        results.append(grad_of(*graphs[i % len(graphs)], retain_graph=True))
 
     return backward
 
@@ -179,6 +186,8 @@ def measure(runs, device, rounds):
 def rows_of(name, operator, case, mode, samples, copy_rate):
     """One row a provider, with its ratio to every provider but ours."""
     tensors = {"forward": operator.forward_tensors, "backward": operator.backward_tensors}
+    if case.layout == "expanded gradient":
+        tensors["backward"] -= 1
     tensors["both"] = sum(tensors.values())
     medians = {provider: record.quantiles(values)[0] for provider, values in samples.items()}
     for provider, values in samples.items():

@@ -129,6 +129,10 @@ def test_every_fp32_input_is_bit_for_bit_torchs():
         assert bool(same.all()), f"{int((~same).sum())} differ, the first at x = {x[~same][0].item()!r}"
 
 
+def requested_bytes():
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_nothing_is_allocated_beyond_the_result(dtype, save):
     x = random((1 << 20,), dtype, "cuda").requires_grad_()
@@ -137,19 +141,21 @@ def test_nothing_is_allocated_beyond_the_result(dtype, save):
     x.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before, requested = torch.cuda.memory_allocated(), requested_bytes()
     y = torch_sigmoid.sigmoid(x, save=save)
-    assert torch.cuda.memory_allocated() - before == size
+    assert requested_bytes() - requested == size
     torch.autograd.grad(y, x, torch.ones((), dtype=dtype, device="cuda").expand_as(y))
-    assert torch.cuda.max_memory_allocated() - before <= 2 * size + 4096
+    # Blocks may be larger than what is asked for by what is not worth splitting off.
+    assert torch.cuda.max_memory_allocated() - before <= 2 * (size + 2**20)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_synchronises(save):
     x = random((1000,), torch.float16, "cuda").requires_grad_()
     function = lambda x: torch_sigmoid.sigmoid(x, save=save)  # noqa: E731
     gradient(function, x)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         gradient(function, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -6,22 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, gradient, random, runs_kernels
+from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, assert_near, gradient, random, runs_kernels
 
 import torch_sigmoid
 from torch_sigmoid import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
-
-# Correct to a few roundings: these tests ask whether each value is where it belongs; its last digits are test_backward's.
-RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def assert_near(actual, exact, dtype):
-    """Relative, with an absolute part for fp16 gradients that are subnormal."""
-    torch.testing.assert_close(actual.double(), exact, rtol=RELATIVE[dtype], atol=1e-7 if dtype is torch.float16 else 1e-30)
 
 
 def memory_format(tensor):
@@ -68,34 +58,6 @@ def test_every_layout_in_the_double_backward(layout, device, save):
         exact = ops.sigmoid_double_backward(outer.cpu().double(), grad.cpu().double(), saved.cpu().double(), save)
         for ours, true in zip(actual, exact):
             torch.testing.assert_close(ours.cpu().double(), true, rtol=1e-5, atol=1e-6)
-
-
-@st.composite
-def strided_tensors(draw):
-    """A shape, strides without overlap or with expanded dimensions, in any dimension order, and a storage offset."""
-    sizes = draw(st.lists(st.integers(0, 9), min_size=0, max_size=4))
-    order = draw(st.permutations(range(len(sizes))))
-    strides, extent = [0] * len(sizes), 1
-    for dim in order:
-        gap = draw(st.integers(1, 3))
-        if draw(st.booleans()) or sizes[dim] < 2:
-            strides[dim] = extent * gap
-            extent = strides[dim] * max(sizes[dim], 1)
-        else:
-            strides[dim] = 0
-    return sizes, strides, draw(st.integers(0, 17))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(x_layout=strided_tensors(), grad_gap=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_any_strides(device, x_layout, grad_gap, dtype):
-    sizes, strides, offset = x_layout
-    extent = offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides) if size)
-    x = random((max(extent, 1),), dtype, device).as_strided(sizes, strides, offset)
-    grad = random((*sizes, grad_gap), dtype, device, seed=1)[..., 0]
-    assert_near(torch_sigmoid.sigmoid(x), torch.sigmoid(x.double()), dtype)
-    slope = torch.sigmoid(x.double()) * torch.sigmoid(-x.double())
-    assert_near(ops.sigmoid_backward(grad, x, "input"), grad.double() * slope, dtype)
 
 
 @pytest.mark.parametrize(

@@ -405,12 +405,12 @@ class GradientWatch:
 
     def plot(self):
         """A matplotlib Figure: layer × step for saturation, loss to rounding and attenuation; needs matplotlib."""
-        _import("matplotlib", "plot()")
-        from . import _report
-
         seen = self.to_dict()
         if not seen["steps"]:
             raise RuntimeError(f"plot(): {_unseen_word(self)}")
+        _import("matplotlib", "plot()")
+        from . import _report
+
         return _report.heat_maps(seen)
 
     def log_to(self, writer, step: int | None = None) -> None:

@@ -203,7 +203,9 @@ def warmup(
     for dtype in dtypes:
         if dtype not in ops.FLOAT_DTYPES:
             raise ValueError(f"warmup(): dtypes must be among float64, float32, float16 and bfloat16, got {dtype}")
-    device = torch.empty(0, device=torch.accelerator.current_accelerator() if device is None else device).device
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.empty(0, device=device).device
     if ops.kernels_refusal(device) is None:
         for dtype in dtypes:
             ops.kernels.warmup(device, dtype)
