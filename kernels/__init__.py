@@ -10,6 +10,7 @@ try:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         raise ImportError(f"version {triton.__version__} is older than 3.6")
 
+    from . import gates
     from .maths import INTERPRETED
     from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward, warmup
     from .statistics import add_activation, add_squares
@@ -25,6 +26,7 @@ __all__ = [
     "UNAVAILABLE",
     "add_activation",
     "add_squares",
+    "gates",
     "sigmoid_backward",
     "sigmoid_double_backward",
     "sigmoid_forward",

@@ -240,19 +240,22 @@ class Launcher:
     key here is what that lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes (sizes, their
     divisibility and the width of offsets follow from the shape). The first launch of a key goes through `kernel[grid]`,
     and so does each that hooks watch, that is meant for another device than the current one, or whose driver has changed.
+
+    With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the inputs'.
     """
 
-    def __init__(self, kernel, *constants, arrange=element_by_element):
+    def __init__(self, kernel, *constants, arrange=element_by_element, layouts_follow=True):
         self.kernel = kernel
         self.constants = constants
         self.arrange = arrange
+        self.layouts_follow = layouts_follow
         self.kept: dict[tuple, tuple] = {}
         # A CUDA context does not survive a fork, nor do the functions loaded into it.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.kept.clear)
 
     def __call__(self, inputs, outputs):
-        """Run over `inputs`, writing `outputs`, whose shapes, strides and dtypes follow from the inputs'."""
+        """Run over `inputs`, writing `outputs`."""
         first = inputs[0]
         device = first.get_device()
         key = [device, first.shape]
@@ -265,6 +268,9 @@ class Launcher:
             pointer = tensor.data_ptr()
             pointers.append(pointer)
             key.append(pointer & 15)
+        if not self.layouts_follow:
+            for tensor in (*inputs, *outputs):
+                key += tensor.shape, tensor.stride(), tensor.dtype
         key = tuple(key)
         kept = self.kept.get(key)
         if kept is not None:

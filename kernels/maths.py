@@ -4,9 +4,15 @@
 σ'(x) = σ(x)·(1 - σ(x)) = e / (1 + e)²,  e = e^-|x|
 σ"(x) = σ'(x)·(1 - 2σ(x)) = -σ'(x)·tanh(x/2)
 
+silu(x)  = x·σ(x)                       logsigmoid(x)  = min(x, 0) - log(1 + e)
+silu'(x) = σ(x)·(1 + x·σ(-x))           logsigmoid'(x) = σ(-x)
+silu"(x) = σ'(x)·(2 - x·tanh(x/2))      logsigmoid"(x) = -σ'(x)
+
 1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. An operator that has x takes the form
 in e ≤ 1, which is even in x as σ' is, where nothing cancels or overflows, and which is 0 only where σ' is subnormal.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -108,3 +114,91 @@ def curvature_from_input(x):
         return 1.0 - 2.0 * sigmoid(x, ROUND_TO_16_BIT=False)
     else:
         return -libdevice.tanh(0.5 * x)
+
+
+# The functions whose derivatives `weighted` knows.
+SIGMOID, SILU, LOGSIGMOID = map(tl.constexpr, range(3))
+# Beyond ±FAR every function here is at its limit; an infinite x would make 0·∞ of it.
+FAR = tl.constexpr(1000.0)
+SHIFT, SHIFTED_FROM, EXP_MINUS_SHIFT = tl.constexpr(32.0), tl.constexpr(64.0), tl.constexpr(math.exp(-32.0))
+
+
+@triton.jit
+def exp_minus_abs(x, ROUND_TO_16_BIT: tl.constexpr):
+    """e^-|x| as e·scale: e alone is no subnormal number, and a product with it keeps its digits, until |x| > 119."""
+    distance = tl.abs(x)
+    if x.dtype == tl.float64:
+        return exp(negative(distance)), tl.full(x.shape, 1.0, tl.float64)
+    else:
+        far = distance > SHIFTED_FROM
+        power = tl.where(far, SHIFT, 0.0) - distance
+        scale = tl.where(far, EXP_MINUS_SHIFT, 1.0)
+        if ROUND_TO_16_BIT and not INTERPRETED:
+            return libdevice.fast_expf(power), scale
+        else:
+            return exp(power), scale
+
+
+@triton.jit
+def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
+    """For denominators in [1, 8]."""
+    if INTERPRETED or numerator.dtype == tl.float64:
+        return numerator / denominator
+    elif ROUND_TO_16_BIT:
+        return libdevice.fast_dividef(numerator, denominator)
+    else:
+        return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
+def log_one_plus(e):
+    """log(1 + e) for e in [0, 1]; the interpreter has no libdevice."""
+    if INTERPRETED:
+        # Kahan: what 1 + e loses of e, the quotient gives back.
+        rounded = 1.0 + e
+        return tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+    else:
+        return libdevice.log1p(e)
+
+
+@triton.jit
+def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT: tl.constexpr):
+    """v·f(x), v·f'(x) or v·f"(x), by ORDER, for f among SIGMOID, SILU and LOGSIGMOID.
+
+    All are rational in e = e^-|x| ≤ 1, written for each sign of x so that nothing cancels but at a zero of f' or f", and
+    the product with v comes before what could underflow.
+    """
+    if FUNCTION == LOGSIGMOID and ORDER == 1:
+        return weighted(v, negative(x), SIGMOID, 0, ROUND_TO_16_BIT)
+    elif FUNCTION == LOGSIGMOID and ORDER == 2:
+        return negative(weighted(v, x, SIGMOID, 1, ROUND_TO_16_BIT))
+    else:
+        e, scale = exp_minus_abs(x, ROUND_TO_16_BIT)
+        tail = e * scale
+        one_plus = 1.0 + tail
+        below = x < 0.0
+        if FUNCTION == LOGSIGMOID:
+            return v * (tl.where(below, x, 0.0) - log_one_plus(tail))
+        elif ORDER == 0:
+            # σ(x) is 1/(1+e) above 0 and e/(1+e) below.
+            if FUNCTION == SILU:
+                factor = tl.where(below, tl.maximum(x, -FAR) * e, x)
+            else:
+                factor = tl.where(below, e, 1.0)
+            return quotient(v * factor, one_plus, ROUND_TO_16_BIT) * tl.where(below, scale, 1.0)
+        elif FUNCTION == SIGMOID:
+            square = tl.fma(tail, 2.0 + tail, 1.0)
+            if ORDER == 1:
+                return quotient(v * e, square, ROUND_TO_16_BIT) * scale
+            else:
+                factor = tl.where(below, e, negative(e)) * (1.0 - tail)
+                return quotient(v * factor, square * one_plus, ROUND_TO_16_BIT) * scale
+        else:
+            square = tl.fma(tail, 2.0 + tail, 1.0)
+            near = tl.minimum(tl.maximum(x, -FAR), FAR)
+            if ORDER == 1:
+                factor = tl.where(below, e * (one_plus + near), tl.fma(tail, 1.0 + near, 1.0))
+                return quotient(v * factor, square, ROUND_TO_16_BIT) * tl.where(below, scale, 1.0)
+            else:
+                factor = e * (2.0 * one_plus - tl.abs(near) * (1.0 - tail))
+                return quotient(v * factor, square * one_plus, ROUND_TO_16_BIT) * scale

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import functional, ops
 
-__all__ = ["Sigmoid"]
+__all__ = ["GLU", "LogSigmoid", "SiLU", "Sigmoid", "SigmoidGate", "SwiGLU"]
 
 # Where no kernel can run, the layer must not cost more than torch's: fp32 takes the shortest way to what `sigmoid` would do.
 _TORCH_ALONE = not ops.KERNELS_EXIST
@@ -71,3 +71,70 @@ def _mode(save: str, inplace: bool) -> str:
     if inplace and save == "input":
         raise ValueError('save="input" needs the input that inplace=True overwrites; expected one of the two')
     return "inplace" if inplace else save
+
+
+class LogSigmoid(torch.nn.LogSigmoid):
+    """log σ(x), element by element: a drop-in for `torch.nn.LogSigmoid`. See `torch_sigmoid.logsigmoid`."""
+
+    def __prepare_scriptable__(self):
+        return torch.nn.LogSigmoid()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.logsigmoid(input)
+
+
+class SiLU(torch.nn.SiLU):
+    """x·σ(x), element by element: a drop-in for `torch.nn.SiLU`. See `torch_sigmoid.silu`.
+
+    Args:
+        inplace: write the result over the input.
+    """
+
+    def __prepare_scriptable__(self):
+        return torch.nn.SiLU(self.inplace)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.silu(input, self.inplace)
+
+
+class GLU(torch.nn.GLU):
+    """a·σ(b) for the halves a, b of the input along `dim`: a drop-in for `torch.nn.GLU`. See `torch_sigmoid.glu`.
+
+    Args:
+        dim: the dimension to halve.
+    """
+
+    def __prepare_scriptable__(self):
+        return torch.nn.GLU(self.dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.glu(input, self.dim)
+
+
+class SigmoidGate(torch.nn.Module):
+    """input·σ(gate), called with both; the gate may be broadcast against the input. See `torch_sigmoid.sigmoid_gate`."""
+
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        return functional.sigmoid_gate(input, gate)
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate)·up, called with both, or with one tensor of which they are the halves. See `torch_sigmoid.swiglu`.
+
+    Args:
+        dim: the dimension to halve.
+        alpha, limit: for the clamped form of GPT-OSS: 1.702 and 7.0.
+    """
+
+    def __init__(self, dim: int = -1, *, alpha: float | None = None, limit: float | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.alpha = alpha
+        self.limit = limit
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return functional.swiglu(gate, up, self.dim, alpha=self.alpha, limit=self.limit)
+
+    def extra_repr(self) -> str:
+        clamped = self.alpha is not None or self.limit is not None
+        return f"dim={self.dim}" + f", alpha={self.alpha}, limit={self.limit}" * clamped

@@ -1,0 +1,334 @@
+"""The gates, on values and in autograd: log-sigmoid and SiLU of one tensor; GLU, x·σ(gate) and SwiGLU of two.
+
+An operator here knows its value, its gradients and the gradients of those: by one Triton kernel each where that can run, else
+by formulas in torch operators. It is put into autograd by two Functions, which save the inputs and nothing else:
+
+    y = operator(*tensors)                    OperatorFunction            saves the tensors
+    grads = operator'(grad_output, *tensors)  OperatorBackwardFunction    saves grad_output and the tensors
+
+The formulas are kernels/maths.py's, each written in pieces whose own derivatives lose nothing either. So under tracers
+autograd derives every derivative from the first one, and third derivatives come from the formula of the second.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import ops
+from .ops import kernels
+
+# As in kernels/maths.py: an infinite x would make 0·∞ of a limit, and in fp32 e^-|x| is subnormal where x·e^-|x| is not.
+FAR = 1000.0
+SHIFT, SHIFTED_FROM = 32.0, -64.0
+EXP_MINUS_SHIFT = math.exp(-SHIFT)
+
+
+def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
+    """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid"; in fp32 or fp64.
+
+    Differentiable: each sign of x has an expression of its own, which is the function beyond that sign too.
+    """
+    if function == "logsigmoid" and order:
+        return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
+    below = x < 0
+    power, scale = torch.where(below, x, -x), 1.0
+    if x.dtype is not torch.float64:
+        far = power < SHIFTED_FROM
+        power = power + torch.where(far, SHIFT, 0.0)
+        scale = torch.where(far, EXP_MINUS_SHIFT, 1.0)
+    e = torch.exp(power)
+    tail = e * scale
+    if function == "logsigmoid":
+        return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
+    one_plus = 1 + tail
+    if order == 0:
+        above_factor = x if function == "silu" else torch.ones_like(x)
+        below_factor = x.clamp(min=-FAR) * e if function == "silu" else e
+        factor, scale = torch.where(below, below_factor, above_factor), torch.where(below, scale, 1.0)
+    elif function == "sigmoid":
+        factor = e if order == 1 else torch.where(below, e, -e) * (1 - tail)
+    else:
+        near = x.clamp(-FAR, FAR)
+        if order == 1:
+            factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
+            scale = torch.where(below, scale, 1.0)
+        else:
+            factor = e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
+    return v * factor / one_plus ** (order + 1) * scale
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() if tensor.dtype.itemsize == 2 else tensor for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Unary:
+    """y = f(x) for `function` "silu" or "logsigmoid"."""
+
+    function: str
+
+    def batched(self) -> "Unary":
+        return self
+
+    def forward(self, x):
+        if ops.launchable(x):
+            return kernels.gates.unary_forward(x, self.function)
+        return self.formula(x)
+
+    def backward(self, grad_output, x):
+        if ops.launchable(x, grad_output):
+            return (kernels.gates.unary_backward(grad_output, x, self.function),)
+        return self.backward_formula(grad_output, x)
+
+    def double_backward(self, grads, grad_output, x):
+        (v,) = grads
+        if ops.launchable(x, grad_output, v):
+            return kernels.gates.unary_double_backward(v, grad_output, x, self.function)
+        return self.double_backward_formula(grads, grad_output, x)
+
+    def formula(self, x):
+        (wide,) = _wide(x)
+        return weighted(1.0, wide, self.function, 0).to(x.dtype)
+
+    def backward_formula(self, grad_output, x):
+        grad, wide = _wide(grad_output, x)
+        return (weighted(grad, wide, self.function, 1).to(grad_output.dtype),)
+
+    def double_backward_formula(self, grads, grad_output, x):
+        v, grad, wide = _wide(*grads, grad_output, x)
+        to_grad_output = weighted(v, wide, self.function, 1)
+        return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2).to(x.dtype)
+
+    def jvp_formula(self, tangents, x):
+        return self.backward_formula(*tangents, x)[0]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """y = A·h(G) of an operand a and a gate g, which may be the halves of one tensor along `dim`.
+
+    h is `function`. If a `limit` or an `alpha` is given, the clamped form of SwiGLU, see kernels/gates.py. The gate of a
+    "sigmoid" may be broadcast against the operand: of as many dimensions, each a's or 1.
+    """
+
+    function: str
+    dim: int | None = None
+    gate_first: bool = False
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
+
+    @property
+    def constants(self):
+        return self.function, self.alpha, self.limit, self.offset
+
+    def batched(self) -> "Gated":
+        return self if self.dim is None else replace(self, dim=self.dim + 1)
+
+    def parts(self, tensors):
+        """a and g."""
+        if self.dim is not None:
+            tensors = tensors[0].chunk(2, self.dim)
+        return tensors[::-1] if self.gate_first else tensors
+
+    def whole(self, a, g):
+        """What has been computed for a and g, for the tensors they came from."""
+        pair = (g, a) if self.gate_first else (a, g)
+        return pair if self.dim is None else (torch.cat(pair, self.dim),)
+
+    def memory_for(self, tensors):
+        """Memory for the gradients of the tensors, and where in it those of a and g are."""
+        grads = tuple(map(torch.empty_like, tensors))
+        return grads, self.parts(grads)
+
+    def matrix(self, a, g):
+        """How the kernels see a gate that is broadcast; None where they do not, or where it is not."""
+        return None if g.shape == a.shape else kernels.gates.as_matrix(a, g)
+
+    def forward(self, *tensors):
+        a, g = self.parts(tensors)
+        if ops.launchable(a, g):
+            if (matrix := self.matrix(a, g)) is not None:
+                return kernels.gates.broadcast_forward(a, g, matrix)
+            return kernels.gates.gate_forward(a, g.expand_as(a), self.constants)
+        return self.formula(*tensors)
+
+    def backward(self, grad_output, *tensors):
+        a, g = self.parts(tensors)
+        if ops.launchable(a, g, grad_output) and a.numel():
+            if (matrix := self.matrix(a, g)) is not None:
+                return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, matrix))
+            if a.shape == g.shape:
+                grads, out = self.memory_for(tensors)
+                kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
+                return grads
+        return self.backward_formula(grad_output, *tensors)
+
+    def double_backward(self, grads, grad_output, *tensors):
+        (v, w), (a, g) = self.parts(grads), self.parts(tensors)
+        if ops.launchable(a, g, grad_output, v, w) and a.numel():
+            if (matrix := self.matrix(a, g)) is not None:
+                to_grad_output, *to_parts = kernels.gates.broadcast_double_backward(v, w, grad_output, a, g, matrix)
+                return to_grad_output, *self.whole(*to_parts)
+            if a.shape == g.shape:
+                to_tensors, out = self.memory_for(tensors)
+                return kernels.gates.gate_double_backward(v, w, grad_output, a, g, self.constants, out), *to_tensors
+        return self.double_backward_formula(grads, grad_output, *tensors)
+
+    # A, G and h in torch operators. A comparison, unlike a clamp, lets a NaN through, and leaves it a gradient.
+
+    def _operand(self, a):
+        if self.limit is not None:
+            a = torch.where(a > self.limit, self.limit, torch.where(a < -self.limit, -self.limit, a))
+        return a + self.offset if self.offset else a
+
+    def _past_clamp(self, grad, a):
+        return grad if self.limit is None else torch.where(a.abs() > self.limit, 0.0, grad)
+
+    def _weighted(self, v, g, order):
+        gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
+        result = weighted(v * self.alpha ** (order - 1), gate * self.alpha, self.function, order)
+        return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
+
+    def formula(self, *tensors):
+        a, g = _wide(*self.parts(tensors))
+        return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
+
+    def _reduced(self, to_a, to_g, tensors):
+        """Gradients of a and g as those of the tensors, summed up over what was broadcast."""
+        _, g = self.parts(tensors)
+        dtype = tensors[0].dtype
+        return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
+
+    def backward_formula(self, grad_output, *tensors):
+        grad, a, g = _wide(grad_output, *self.parts(tensors))
+        to_a = self._past_clamp(self._weighted(grad, g, 0), a)
+        return self._reduced(to_a, self._weighted(grad * self._operand(a), g, 1), tensors)
+
+    def double_backward_formula(self, grads, grad_output, *tensors):
+        v, w, grad, a, g = _wide(*self.parts(grads), grad_output, *self.parts(tensors))
+        operand, v = self._operand(a), self._past_clamp(v, a)
+        to_grad_output = self._weighted(v, g, 0) + self._weighted(w * operand, g, 1)
+        to_a = self._past_clamp(self._weighted(w * grad, g, 1), a)
+        to_g = self._weighted(v * grad, g, 1) + self._weighted(w * operand * grad, g, 2)
+        return to_grad_output.to(grad_output.dtype), *self._reduced(to_a, to_g, tensors)
+
+    def jvp_formula(self, tangents, *tensors):
+        v, w, a, g = _wide(*self.parts(tangents), *self.parts(tensors))
+        result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
+        return result.to(tensors[0].dtype)
+
+
+def _filled(grads, tensors):
+    """Gradients or tangents, with zeros for those that nothing reaches."""
+    return tuple(tensor.new_zeros(()).expand(tensor.shape) if grad is None else grad for grad, tensor in zip(grads, tensors))
+
+
+def _batch_first(info, in_dims, *tensors):
+    """Each tensor with its batch dimension first, expanded (not copied) where it has none."""
+    return tuple(
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims)
+    )
+
+
+class OperatorFunction(Function):
+    """operator(*tensors)."""
+
+    @staticmethod
+    def forward(operator, *tensors):
+        return operator.forward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, *operator_backward(ctx.operator, grad_output, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        tensors = ctx.saved_tensors
+        return ctx.operator.jvp_formula(_filled(tangents, tensors), *tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *tensors):
+        return OperatorFunction.apply(operator.batched(), *_batch_first(info, in_dims[1:], *tensors)), 0
+
+
+class OperatorBackwardFunction(Function):
+    """The gradients of `tensors` as a differentiable function of grad_output and of them."""
+
+    @staticmethod
+    def forward(operator, grad_output, *tensors):
+        return tuple(operator.backward(grad_output, *tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        grad_output, *tensors = ctx.saved_tensors
+        operator = ctx.operator
+        derive = operator.double_backward_formula if _differentiable_again() else operator.double_backward
+        return None, *derive(_filled(grads, tensors), grad_output, *tensors)
+
+    @staticmethod
+    def jvp(ctx, _, grad_output_tangent, *tangents):
+        grad_output, *tensors = ctx.saved_tensors
+        operator = ctx.operator
+        (grad_output_tangent,) = _filled([grad_output_tangent], [grad_output])
+        of_grad_output = operator.backward_formula(grad_output_tangent, *tensors)
+        # The second derivative is symmetric: what reaches the tensors from the tangents is what the tangents make of them.
+        _, *of_tensors = operator.double_backward_formula(_filled(tangents, tensors), grad_output, *tensors)
+        return tuple(one + other for one, other in zip(of_grad_output, of_tensors))
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *tensors):
+        results = OperatorBackwardFunction.apply(operator.batched(), *_batch_first(info, in_dims[1:], *tensors))
+        return results, (0,) * len(results)
+
+
+def _differentiable_again() -> bool:
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def operator_backward(operator, grad_output, *tensors):
+    """The gradients of the tensors, differentiable where that is asked for."""
+    if not _differentiable_again():
+        return operator.backward(grad_output, *tensors)
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_output, *tensors))):
+        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
+        return operator.backward_formula(grad_output, *tensors)
+    return OperatorBackwardFunction.apply(operator, grad_output, *tensors)
+
+
+# Below Function.apply, which binds its arguments in Python at every call; enough for eager reverse mode.
+_apply_eager = super(Function, OperatorFunction).apply
+
+
+def apply(operator: Unary | Gated, *tensors: Tensor) -> Tensor:
+    """operator(*tensors), recorded where anything listens; in torch operators where only these are seen."""
+    if ops.only_torch_operators_are_seen():
+        return operator.formula(*tensors)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return OperatorFunction.apply(operator, *tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
+        return _apply_eager(operator, *map(torch._C._functorch.unwrap_if_dead, tensors))
+    return operator.forward(*tensors)
