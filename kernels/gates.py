@@ -24,6 +24,7 @@ from . import launch, maths
 from .launch import SIZES, Launcher, load_tile, select_tile, store_tile
 
 FUNCTIONS = {"sigmoid": maths.SIGMOID.value, "silu": maths.SILU.value, "logsigmoid": maths.LOGSIGMOID.value}
+SIGMOID_GATE = "sigmoid", 1.0, None, 0.0
 # What a broadcast launch splits its sums for: as many programs keep a large GPU busy.
 ENOUGH_PROGRAMS = 1024
 
@@ -650,22 +651,44 @@ _broadcast = [
 ]
 
 
-def broadcast_forward(a, g, matrix):
+def _expanded(gate, like):
+    return torch.empty_like(like, dtype=gate.dtype).copy_(gate)
+
+
+def _sum_memory(like, dtype):
+    return torch.empty_like(like, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def broadcast_forward(a, g):
     """a·σ(g) for a gate whose dimensions are a's or 1."""
+    matrix = as_matrix(a, g)
+    if matrix is None:
+        return gate_forward(a, _expanded(g, a), SIGMOID_GATE)
     output = matrix.empty_rows(a)
     _broadcast[0]((matrix.rows_of(a), matrix.units_of(g)), (output,))
     return matrix.restored(output, a)
 
 
-def broadcast_backward(grad_output, a, g, matrix):
+def broadcast_backward(grad_output, a, g):
     """The gradients of a and g."""
+    matrix = as_matrix(a, g)
+    if matrix is None:
+        grad_a, grad_g = torch.empty_like(a), _sum_memory(a, g.dtype)
+        gate_backward(grad_output, a, _expanded(g, a), SIGMOID_GATE, (grad_a, grad_g))
+        return grad_a, grad_g.sum_to_size(g.shape).to(g.dtype)
     grad_a, sums = matrix.empty_rows(a), matrix.empty_sums(g)
     _broadcast[1]((matrix.rows_of(grad_output), matrix.rows_of(a), matrix.units_of(g)), (grad_a, sums))
     return matrix.restored(grad_a, a), matrix.total_of(sums, g)
 
 
-def broadcast_double_backward(v, w, grad_output, a, g, matrix):
+def broadcast_double_backward(v, w, grad_output, a, g):
     """The gradients that reach `grad_output`, a and g."""
+    matrix = as_matrix(a, g)
+    if matrix is None:
+        to_a, to_g = torch.empty_like(a), _sum_memory(a, g.dtype)
+        gates = _expanded(w, a), grad_output, a, _expanded(g, a)
+        to_grad_output = gate_double_backward(v, *gates, SIGMOID_GATE, (to_a, to_g))
+        return to_grad_output, to_a, to_g.sum_to_size(g.shape).to(g.dtype)
     to_grad_output, to_a, sums = matrix.empty_rows(grad_output), matrix.empty_rows(a), matrix.empty_sums(g)
     full = [matrix.rows_of(tensor) for tensor in (v, grad_output, a)]
     _broadcast[2]((*full, matrix.units_of(w), matrix.units_of(g)), (to_grad_output, to_a, sums))

@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from . import ops, statistics
-from .nn import Sigmoid
+from .nn import GLU, LogSigmoid, Sigmoid, SiLU
 
 __all__ = ["SIGMOID_LIKE", "GradientWatch"]
 
@@ -46,8 +46,11 @@ _KNOWN = {
     torch.nn.Sigmoid.forward: ("sigmoid", "sigmoid rounds to 1"),
     Sigmoid.forward: ("sigmoid", "sigmoid rounds to 1"),
     torch.nn.SiLU.forward: ("silu", "sigmoid rounds to 0 in fp32"),
+    SiLU.forward: ("silu", "never"),
     torch.nn.LogSigmoid.forward: ("logsigmoid", "never"),
+    LogSigmoid.forward: ("logsigmoid", "never"),
     torch.nn.GLU.forward: ("sigmoid", "sigmoid rounds to 1"),
+    GLU.forward: ("sigmoid", "never"),
     torch.nn.Hardsigmoid.forward: ("hardsigmoid", "never"),
     torch.nn.Tanh.forward: ("tanh", "tanh rounds to ±1"),
     torch.nn.ReLU.forward: ("relu", "never"),
@@ -308,7 +311,7 @@ class GradientWatch:
         lost_when = layer.lost_when
         if getattr(module, "save", None) == "input":
             lost_when = "never"
-        elif isinstance(module, torch.nn.GLU) and x.device.type == "cuda":
+        elif type(module).forward is torch.nn.GLU.forward and x.device.type == "cuda":
             # There torch's backward computes σ from the gate, in fp32; elsewhere it takes it in the tensor's dtype.
             lost_when = "sigmoid rounds to 1 in fp32"
         limits = statistics.bounds(layer.kind, lost_when, x.dtype, self.threshold, x.device)

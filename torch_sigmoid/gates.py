@@ -141,42 +141,36 @@ class Gated:
 
     def memory_for(self, tensors):
         """Memory for the gradients of the tensors, and where in it those of a and g are."""
-        grads = tuple(map(torch.empty_like, tensors))
+        # In one memory format: tensors of several cannot be walked as rows and columns.
+        grads = tuple(torch.empty_like(tensors[0]) for _ in tensors)
         return grads, self.parts(grads)
-
-    def matrix(self, a, g):
-        """How the kernels see a gate that is broadcast; None where they do not, or where it is not."""
-        return None if g.shape == a.shape else kernels.gates.as_matrix(a, g)
 
     def forward(self, *tensors):
         a, g = self.parts(tensors)
-        if ops.launchable(a, g):
-            if (matrix := self.matrix(a, g)) is not None:
-                return kernels.gates.broadcast_forward(a, g, matrix)
-            return kernels.gates.gate_forward(a, g.expand_as(a), self.constants)
-        return self.formula(*tensors)
+        if not (ops.launchable(a, g) and a.numel()):
+            return self.formula(*tensors)
+        if a.shape == g.shape:
+            return kernels.gates.gate_forward(a, g, self.constants)
+        return kernels.gates.broadcast_forward(a, g)
 
     def backward(self, grad_output, *tensors):
         a, g = self.parts(tensors)
-        if ops.launchable(a, g, grad_output) and a.numel():
-            if (matrix := self.matrix(a, g)) is not None:
-                return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, matrix))
-            if a.shape == g.shape:
-                grads, out = self.memory_for(tensors)
-                kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
-                return grads
-        return self.backward_formula(grad_output, *tensors)
+        if not (ops.launchable(a, g, grad_output) and a.numel()):
+            return self.backward_formula(grad_output, *tensors)
+        if a.shape == g.shape:
+            grads, out = self.memory_for(tensors)
+            kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
+            return grads
+        return kernels.gates.broadcast_backward(grad_output, a, g)
 
     def double_backward(self, grads, grad_output, *tensors):
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
-        if ops.launchable(a, g, grad_output, v, w) and a.numel():
-            if (matrix := self.matrix(a, g)) is not None:
-                to_grad_output, *to_parts = kernels.gates.broadcast_double_backward(v, w, grad_output, a, g, matrix)
-                return to_grad_output, *self.whole(*to_parts)
-            if a.shape == g.shape:
-                to_tensors, out = self.memory_for(tensors)
-                return kernels.gates.gate_double_backward(v, w, grad_output, a, g, self.constants, out), *to_tensors
-        return self.double_backward_formula(grads, grad_output, *tensors)
+        if not (ops.launchable(a, g, grad_output, v, w) and a.numel()):
+            return self.double_backward_formula(grads, grad_output, *tensors)
+        if a.shape == g.shape:
+            to_tensors, out = self.memory_for(tensors)
+            return kernels.gates.gate_double_backward(v, w, grad_output, a, g, self.constants, out), *to_tensors
+        return kernels.gates.broadcast_double_backward(v, w, grad_output, a, g)
 
     # A, G and h in torch operators. A comparison, unlike a clamp, lets a NaN through, and leaves it a gradient.
 

@@ -8,22 +8,25 @@ import torch.nn.functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .functional import check_save, sigmoid, sigmoid_
-from .nn import Sigmoid
+from . import nn
+from .functional import check_save, glu, logsigmoid, sigmoid, sigmoid_, silu
 
 __all__ = ["intercept", "replace", "restore"]
 
+_OURS = {getattr(torch.nn, name): getattr(nn, name) for name in ("Sigmoid", "SiLU", "GLU", "LogSigmoid")}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
 
 def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
-    """Make each `torch.nn.Sigmoid` in `model` a `torch_sigmoid.Sigmoid`, in place.
+    """Make each `torch.nn.Sigmoid`, `SiLU`, `GLU` and `LogSigmoid` in `model` the one of `torch_sigmoid`, in place.
 
     The module objects stay the same and only change their class: names, hooks, training flag, sharing between parents and
-    references from outside are untouched, and `model` itself may be one. Subclasses of `torch.nn.Sigmoid` are left alone.
+    references from outside are untouched, and `model` itself may be one. Subclasses of torch's modules are left alone.
     A second call changes the `save` of what the first has replaced.
 
     Args:
         model: any module.
-        save: as in `torch_sigmoid.Sigmoid`.
+        save: as in `torch_sigmoid.Sigmoid`; the others save their input.
 
     Returns:
         `model`.
@@ -34,21 +37,22 @@ def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
     """
     check_save(save)
     for module in _modules(model, "replace"):
-        if type(module) is torch.nn.Sigmoid:
-            module.__class__ = Sigmoid
+        if type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]
             module._replaced = True
-            module._mode = "output"
-        if getattr(module, "_replaced", False):
+            if type(module) is nn.Sigmoid:
+                module._mode = "output"
+        if type(module) is nn.Sigmoid and getattr(module, "_replaced", False):
             module.save = save
     return model
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `replace`: the modules it changed are `torch.nn.Sigmoid` again. Returns `model`."""
+    """Undo `replace`: the modules it changed are torch's again. Returns `model`."""
     for module in _modules(model, "restore"):
-        if type(module) is Sigmoid and module.__dict__.pop("_replaced", False):
-            del module._mode
-            module.__class__ = torch.nn.Sigmoid
+        if type(module) in _THEIRS and module.__dict__.pop("_replaced", False):
+            module.__dict__.pop("_mode", None)
+            module.__class__ = _THEIRS[type(module)]
     return model
 
 
@@ -62,8 +66,9 @@ class intercept(TorchFunctionMode):
     """A context under which torch's sigmoid is ours: `with torch_sigmoid.intercept(save="input"): loss = model(x)`.
 
     It covers torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid and torch.nn.Sigmoid, and the
-    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`. Calls with `out=`, which have no gradient,
-    stay torch's. Backward may run outside of it.
+    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`; and silu, glu and logsigmoid of
+    torch.nn.functional, and their modules. Calls with `out=`, which have no gradient, stay torch's. Backward may run outside
+    of it.
 
     What `torch.utils.checkpoint` recomputes in a backward outside the context is torch's own sigmoid. With
     use_reentrant=False, and under other saved-tensor hooks, save="input" therefore gives way to "output" with a warning: σ
@@ -83,10 +88,12 @@ class intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _nesting.handled or func not in _SIGMOIDS + _SIGMOIDS_INPLACE or kwargs.get("out") is not None:
+        if _nesting.handled or func not in _COVERED or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         _nesting.handled = True
         try:
+            if func in _GATES:
+                return _GATES[func](*args, **kwargs)
             return sigmoid(*args, **kwargs, save=self._save_now()) if func in _SIGMOIDS else sigmoid_(*args, **kwargs)
         finally:
             _nesting.handled = False
@@ -113,3 +120,9 @@ class _Nesting(threading.local):
 _nesting = _Nesting()
 _SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid)
 _SIGMOIDS_INPLACE = (torch.sigmoid_, Tensor.sigmoid_)
+_GATES = {
+    torch.nn.functional.silu: silu,
+    torch.nn.functional.glu: glu,
+    torch.nn.functional.logsigmoid: logsigmoid,
+}
+_COVERED = frozenset((*_SIGMOIDS, *_SIGMOIDS_INPLACE, *_GATES))

@@ -1,0 +1,538 @@
+"""log-sigmoid, SiLU, GLU, sigmoid_gate and SwiGLU: right against float64, in every layout and every autograd mode."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, assert_near, is_normal, random, runs_kernels, ulp, ulp_error
+from torch.autograd import gradcheck, gradgradcheck
+
+import torch_sigmoid as ts
+from torch_sigmoid import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+INTERPRETED = ops.kernels.INTERPRETED
+
+
+def clamped_swiglu(gate, up):
+    """GPT-OSS's, with a limit that random numbers reach."""
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def halves(function, dim):
+    return lambda packed: function(*packed.chunk(2, dim))
+
+
+def gated(input, gate):
+    return input * torch.sigmoid(gate)
+
+
+# Ours, the same in torch operators, and the shapes of the operands.
+CASES = {
+    "logsigmoid": (ts.logsigmoid, F.logsigmoid, [(5, 6)]),
+    "silu": (ts.silu, F.silu, [(5, 6)]),
+    "glu": (ts.glu, halves(gated, -1), [(5, 6)]),
+    "glu-middle": (lambda x: ts.glu(x, 1), halves(gated, 1), [(3, 4, 5)]),
+    "sigmoid_gate": (ts.sigmoid_gate, gated, [(5, 6), (5, 6)]),
+    "sigmoid_gate-rows": (ts.sigmoid_gate, gated, [(5, 6), (5, 1)]),
+    "sigmoid_gate-columns": (ts.sigmoid_gate, gated, [(5, 6), (1, 6)]),
+    "sigmoid_gate-channels": (ts.sigmoid_gate, gated, [(2, 3, 2, 2), (2, 3, 1, 1)]),
+    "sigmoid_gate-alternating": (ts.sigmoid_gate, gated, [(2, 3, 2, 2), (2, 1, 2, 1)]),
+    "sigmoid_gate-scalar": (ts.sigmoid_gate, gated, [(5, 6), ()]),
+    "swiglu": (ts.swiglu, lambda gate, up: F.silu(gate) * up, [(5, 6), (5, 6)]),
+    "swiglu-broadcast": (ts.swiglu, lambda gate, up: F.silu(gate) * up, [(5, 6), (6,)]),
+    "swiglu-packed": (lambda x: ts.swiglu(x, 0), halves(lambda gate, up: F.silu(gate) * up, 0), [(6, 5)]),
+    "swiglu-clamped": (lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=2.0), clamped_swiglu, [(5, 6), (5, 6)]),
+    "swiglu-clamped-packed": (lambda x: ts.swiglu(x, alpha=1.702, limit=2.0), halves(clamped_swiglu, -1), [(5, 6)]),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def operands(case, dtype, device, seed=0):
+    return tuple(random(shape, dtype, device, seed + index) for index, shape in enumerate(CASES[case][2]))
+
+
+def leaves(tensors):
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+
+
+def value_and_gradients(function, tensors, upstream=None):
+    tensors = leaves(tensors)
+    output = function(*tensors)
+    upstream = torch.ones_like(output) if upstream is None else upstream.to(output.dtype)
+    return output.detach(), *torch.autograd.grad(output, tensors, upstream)
+
+
+# The functions of one number and their derivatives, in float64; good to its last digits wherever a result is normal in fp32.
+def exact(function, order, x):
+    x = x.double()
+    sigma, complement = 1 / (1 + torch.exp(-x)), 1 / (1 + torch.exp(x))
+    near = x.clamp(-1e3, 1e3)
+    if function == "sigmoid":
+        return (sigma, sigma * complement)[order]
+    if function == "silu":
+        return (torch.where(x < 0, near, x) * sigma, sigma * (1 + near * complement))[order]
+    return (torch.where(x < 0, x - torch.log1p(torch.exp(near)), -torch.log1p(torch.exp(-x))), complement)[order]
+
+
+# In ulps; the interpreter truncates where it stores bf16. Around the zero of silu' errors are those of its terms, which are 1.
+def assert_exact(actual, true, terms=0.0, allowed=1.0):
+    dtype = actual.dtype
+    allowed += INTERPRETED and dtype is torch.bfloat16
+    normal = is_normal(true, dtype)
+    error = (actual.cpu().double() - true).abs()
+    bound = allowed * ulp(true, dtype) + 2**-21 * terms
+    assert (error <= bound)[normal].all(), f"{ulp_error(actual, true)[normal & (error > bound)].max()} ulp"
+    assert (actual.cpu()[normal] != 0).all()
+
+
+@pytest.mark.parametrize("function", ["silu", "logsigmoid"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_every_16_bit_input_within_an_ulp(function, dtype, device):
+    x = all_patterns(dtype)
+    x = x[x.isfinite()]
+    value, grad = value_and_gradients(getattr(ts, function), [x.to(device)])
+    assert_exact(value, exact(function, 0, x))
+    assert_exact(grad, exact(function, 1, x), terms=float(function == "silu"))
+
+
+OPERANDS = (1.0, -2.5, 100.0, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["glu", "sigmoid_gate", "swiglu"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_every_16_bit_gate_within_an_ulp(kind, dtype, device):
+    gate = all_patterns(dtype)
+    if INTERPRETED and dtype is torch.bfloat16:
+        # The interpreter misreads bf16's subnormal numbers.
+        gate = gate[gate.abs() >= torch.finfo(dtype).smallest_normal]
+    gate = gate[gate.isfinite()].expand(len(OPERANDS), -1)
+    operand = torch.tensor(OPERANDS, dtype=dtype)[:, None].expand_as(gate)
+    function = "silu" if kind == "swiglu" else "sigmoid"
+    if kind == "glu":
+        value, packed = value_and_gradients(ts.glu, [torch.cat([operand, gate], 1).to(device)])
+        to_operand, to_gate = packed.chunk(2, 1)
+    elif kind == "swiglu":
+        value, to_gate, to_operand = value_and_gradients(ts.swiglu, [gate.to(device), operand.to(device)])
+    else:
+        value, to_operand, to_gate = value_and_gradients(ts.sigmoid_gate, [operand.to(device), gate.to(device)])
+    assert_exact(value, operand.double() * exact(function, 0, gate))
+    assert_exact(to_operand, exact(function, 0, gate))
+    assert_exact(to_gate, operand.double() * exact(function, 1, gate), operand.double().abs() * (function == "silu"))
+
+
+@pytest.mark.parametrize("function", ["silu", "logsigmoid"])
+def test_fp32_within_four_ulp(function, device):
+    x = torch.cat([torch.linspace(-104, 104, 100001), torch.linspace(-3, 3, 100001)])
+    value, grad = value_and_gradients(getattr(ts, function), [x.to(device)])
+    # The interpreter has no log1p and no fused multiply-add.
+    allowed = 5.0 if INTERPRETED else 4.0
+    assert_exact(value, exact(function, 0, x), allowed=allowed)
+    assert_exact(grad, exact(function, 1, x), terms=float(function == "silu"), allowed=allowed)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_infinities_and_nan(dtype, device):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, inf, nan], dtype=dtype, device=device)
+    expected = {ts.silu: ([0.0, inf, nan], [0.0, 1.0, nan]), ts.logsigmoid: ([-inf, 0.0, nan], [1.0, 0.0, nan])}
+    for function, results in expected.items():
+        for actual, numbers in zip(value_and_gradients(function, [x]), results):
+            torch.testing.assert_close(actual, torch.tensor(numbers, dtype=dtype, device=device), equal_nan=True)
+    ones = torch.ones_like(x)
+    for actual, numbers in zip(
+        value_and_gradients(ts.sigmoid_gate, [ones, x]), ([0.0, 1.0, nan], [0.0, 1.0, nan], [0.0, 0.0, nan])
+    ):
+        torch.testing.assert_close(actual, torch.tensor(numbers, dtype=dtype, device=device), equal_nan=True)
+    value, to_gate, to_up = value_and_gradients(lambda gate, up: ts.swiglu(gate, up, limit=7.0), [x, ones])
+    assert value.isnan().tolist() == to_up.isnan().tolist() == [False, False, True]
+    assert to_gate[:2].tolist() == [0.0, 0.0]
+
+
+@every_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_values_and_gradients_against_float64(case, dtype, device):
+    ours, theirs, _ = CASES[case]
+    tensors = operands(case, dtype, device)
+    wide = tuple(tensor.double() for tensor in tensors)
+    upstream = random(theirs(*wide).shape, dtype, device, seed=9)
+    results = value_and_gradients(ours, tensors, upstream)
+    for actual, expected in zip(results, value_and_gradients(theirs, wide, upstream)):
+        assert actual.dtype is dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(actual.double(), expected, rtol=4 * eps, atol=16 * eps)
+
+
+@every_case
+def test_all_first_and_second_derivatives(case, device):
+    function = CASES[case][0]
+    tensors = leaves(operands(case, torch.float64, device))
+    options = {"fast_mode": True, "check_batched_grad": True}
+    assert gradcheck(function, tensors, check_forward_ad=True, check_batched_forward_grad=True, **options)
+    assert gradgradcheck(function, tensors, check_fwd_over_rev=True, **options)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_second_derivative_of_each_dtype(case, dtype, device):
+    ours, theirs, _ = CASES[case]
+    tensors = operands(case, dtype, device)
+    v = [random(tensor.shape, dtype, device, seed=20 + i) for i, tensor in enumerate(tensors)]
+
+    def second(function, tensors, v):
+        tensors = leaves(tensors)
+        output = function(*tensors)
+        upstream = random(output.shape, dtype, device, seed=9).to(output.dtype).requires_grad_()
+        grads = torch.autograd.grad(output, tensors, upstream, create_graph=True)
+        return torch.autograd.grad(grads, (upstream, *tensors), v)
+
+    wide = second(theirs, [tensor.double() for tensor in tensors], [each.double() for each in v])
+    for actual, expected in zip(second(ours, tensors, v), wide):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(actual.double(), expected, rtol=4 * eps, atol=200 * eps)
+
+
+@every_case
+def test_the_third_derivative(case, device):
+    ours, theirs, _ = CASES[case]
+
+    def third(function):
+        tensors = leaves(operands(case, torch.float64, device))
+        grads = torch.autograd.grad(function(*tensors).sum(), tensors, create_graph=True)
+        grads = torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    for actual, expected in zip(third(ours), third(theirs)):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms(case, device):
+    ours, theirs, _ = CASES[case]
+    tensors = operands(case, torch.float64, device)
+    numbers = tuple(range(len(tensors)))
+    batch = tuple(torch.stack([tensor, 2 * tensor, -tensor], -1) for tensor in tensors)
+    tangents = operands(case, torch.float64, device, seed=5)
+
+    def of(function):
+        def loss(*tensors):
+            return function(*tensors).sin().sum()
+
+        yield torch.func.vmap(torch.func.grad(loss, numbers), -1)(*batch)
+        yield torch.func.hessian(loss, numbers)(*tensors)
+        yield torch.func.jacrev(torch.func.jacrev(loss, numbers), numbers)(*tensors)
+        yield torch.func.jvp(function, tensors, tangents)
+        yield torch.func.jvp(lambda *t: torch.func.jvp(function, t, tangents)[1], tensors, tangents)
+        yield torch.func.vmap(function, (0, *(None for _ in numbers[1:])))(torch.stack([tensors[0]] * 2), *tensors[1:])
+
+    torch.testing.assert_close(list(of(ours)), list(of(theirs)), rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_batched_upstream_gradients_can_be_differentiated(case, device):
+    ours, theirs, _ = CASES[case]
+
+    def of(function):
+        tensors = leaves(operands(case, torch.float64, device))
+        output = function(*tensors)
+        upstream = torch.stack([torch.ones_like(output), output.detach()])
+        grads = torch.autograd.grad(output, tensors, upstream, is_grads_batched=True, create_graph=True)
+        return *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    torch.testing.assert_close(of(ours), of(theirs), rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_torch_compile_sees_the_whole_graph(case, device):
+    ours, theirs, _ = CASES[case]
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    tensors = operands(case, torch.float64, device)
+    results, expected = (value_and_gradients(function, tensors) for function in (compiled, theirs))
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("function", [ts.silu, ts.logsigmoid])
+def test_under_torch_compile_no_gradient_is_lost(function, device):
+    torch._dynamo.reset()
+    x = torch.linspace(-91, 87, 1001, dtype=torch.float32).to(torch.bfloat16)
+    value, grad = value_and_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), [x.to(device)])
+    name = function.__name__
+    for actual, true in ((value, exact(name, 0, x)), (grad, exact(name, 1, x))):
+        normal = is_normal(true, x.dtype)
+        assert ((actual.cpu().double() - true).abs() <= ulp(true, x.dtype) + 2**-21 * (name == "silu"))[normal].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, dtype, device):
+    make = LAYOUTS[layout]
+    x, gate = make(dtype, device), make(dtype, device, seed=1)
+    upstream = random(x.shape, dtype, device, seed=2)
+    upstreams = [upstream, upstream.mT.contiguous().mT if x.dim() > 1 else upstream, upstream.new_ones(()).expand(x.shape)]
+    for ours, theirs, tensors in (
+        (ts.silu, F.silu, [x]),
+        (ts.logsigmoid, F.logsigmoid, [x]),
+        (ts.sigmoid_gate, gated, [x, gate]),
+        (ts.sigmoid_gate, gated, [x, gate.contiguous()]),
+        (ts.swiglu, lambda gate, up: F.silu(gate) * up, [x, gate]),
+    ):
+        before = [tensor.clone() for tensor in tensors]
+        for grad in upstreams:
+            wide = value_and_gradients(theirs, [tensor.double() for tensor in tensors], grad.double())
+            for actual, expected in zip(value_and_gradients(ours, tensors, grad), wide):
+                eps = torch.finfo(dtype).eps
+                torch.testing.assert_close(actual.double(), expected, rtol=4 * eps, atol=8 * eps)
+        assert all(map(torch.equal, tensors, before))
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_halves_along_any_dimension(dim, memory_format, dtype, device):
+    packed = random((4, 6, 8, 34), dtype, device).to(memory_format=memory_format)
+    shape = packed.chunk(2, dim)[0].shape
+    for upstream in (random(shape, dtype, device, seed=1), random(shape[::-1], dtype, device, seed=1).permute(3, 2, 1, 0)):
+        for ours, theirs in (
+            (ts.glu, lambda x, dim: F.glu(x, dim)),
+            (ts.swiglu, lambda x, dim: F.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1]),
+        ):
+            value, grad = value_and_gradients(lambda x: ours(x, dim), [packed], upstream)  # noqa: B023
+            true = value_and_gradients(lambda x: theirs(x, dim), [packed.double()], upstream.double())  # noqa: B023
+            assert_near(value, true[0], dtype)
+            torch.testing.assert_close(grad.double(), true[1], rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+            if runs_kernels(device):
+                assert grad.stride() == packed.stride()
+
+
+# Shapes of a tensor and of its gate: what is summed up are rows, columns, both, in groups or not, split or not.
+BROADCASTS = [
+    ((4, 6, 5, 7), (4, 6, 1, 1)),
+    ((4, 6, 5, 7), (1, 6, 1, 1)),
+    ((4, 6, 5, 7), (6, 1, 1)),
+    ((4, 6, 5, 7), (4, 1, 5, 7)),
+    ((4, 6, 5, 7), (5, 7)),
+    ((4, 6, 5, 70), (4, 6, 5, 1)),
+    ((4, 6, 5, 7), ()),
+    ((4, 6, 5, 7), (4, 1, 5, 1)),
+    ((33, 3000), (33, 1)),
+    ((3000, 40), (1, 40)),
+    ((2, 90000), (1, 1)),
+    ((2, 40000, 3), (2, 1, 3)),
+    ((1, 5, 1), (1, 1, 1)),
+    ((0, 3), (1, 3)),
+    ((3, 0), (3, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "gate_shape"), BROADCASTS, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_that_is_broadcast(shape, gate_shape, last, dtype, device):
+    x, gate = random(shape, dtype, device), random(gate_shape, dtype, device, seed=1)
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    upstream = random(shape, dtype, device, seed=2)
+    value, to_x, to_gate = value_and_gradients(ts.sigmoid_gate, [x, gate], upstream)
+    wide = value_and_gradients(gated, [x.double(), gate.double()], upstream.double())
+    assert value.stride() == x.stride() or x.numel() == 0
+    assert to_gate.shape == gate.shape
+    for actual, expected in ((value, wide[0]), (to_x, wide[1])):
+        assert_near(actual, expected, dtype)
+    # A sum's error is relative to what it sums up.
+    terms = value_and_gradients(gated, [x.double().abs(), gate.double()], upstream.double().abs())[2]
+    tolerance = torch.finfo(dtype).eps * wide[2].abs() + 1e-5 * terms
+    assert ((to_gate.double() - wide[2]).abs() <= tolerance).all()
+    again = value_and_gradients(ts.sigmoid_gate, [x, gate], upstream)
+    assert all(map(torch.equal, (value, to_x, to_gate), again))
+    # N4: how often a gate is read does not decide on a bit.
+    full = value_and_gradients(ts.sigmoid_gate, [x, gate.expand(shape).contiguous()], upstream)
+    if runs_kernels(device):
+        assert torch.equal(value, full[0])
+        assert torch.equal(to_x, full[1])
+
+
+def saved_by(function, tensors):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = function(*tensors)
+    return output, saved
+
+
+@every_case
+def test_the_inputs_are_saved_and_nothing_else(case, device):
+    function = CASES[case][0]
+    tensors = leaves(operands(case, torch.bfloat16, device))
+    before = [tensor.detach().clone() for tensor in tensors]
+    output, saved = saved_by(function, tensors)
+    assert {tensor.untyped_storage().data_ptr() for tensor in saved} <= {
+        tensor.untyped_storage().data_ptr() for tensor in tensors
+    }
+    upstream = torch.ones_like(output)
+    first, second = (torch.autograd.grad(output, tensors, upstream, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, tensors, before))
+
+
+@every_case
+def test_one_kernel_for_each_derivative(case, device, monkeypatch):
+    if not runs_kernels(device):
+        pytest.skip("counts kernels")
+    from torch_sigmoid.kernels import launch
+
+    launches = []
+    call = launch.Launcher.__call__
+    monkeypatch.setattr(launch.Launcher, "__call__", lambda self, *tensors: launches.append(self) or call(self, *tensors))
+
+    def count(function):
+        launches.clear()
+        result = function()
+        return len(launches), result
+
+    tensors = leaves(operands(case, torch.float32, device))
+    forward, output = count(lambda: CASES[case][0](*tensors))
+    grad = torch.ones_like(output).requires_grad_()
+    backward, grads = count(lambda: torch.autograd.grad(output, tensors, grad, create_graph=True))
+    v = [torch.ones_like(each) for each in grads]
+    double, _ = count(lambda: torch.autograd.grad(grads, (grad, *tensors), v))
+    assert (forward, backward, double) == (1, 1, 1)
+
+
+def test_silu_in_place(device):
+    x = random((33,), torch.float32, device)
+    expected = ts.silu(x)
+    y = x.clone()
+    assert ts.silu(y, inplace=True) is y
+    assert torch.equal(y, expected)
+    leaf = x.clone().requires_grad_()
+    z = leaf * 1
+    assert ts.silu(z, inplace=True) is z
+    (grad,) = torch.autograd.grad(z.sum(), leaf)
+    assert torch.equal(grad, value_and_gradients(ts.silu, [x])[1])
+    with pytest.raises(RuntimeError, match="leaf"):
+        ts.silu(leaf, inplace=True)
+    assert torch.equal(leaf, x)
+
+
+def test_mixed_dtypes_promote(device):
+    x, gate = random((4, 5), torch.bfloat16, device), random((4, 1), torch.float32, device)
+    value, to_x, to_gate = value_and_gradients(ts.sigmoid_gate, [x, gate])
+    assert (value.dtype, to_x.dtype, to_gate.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(value, gated(x, gate))
+    assert ts.swiglu(x, gate).dtype is torch.float32
+    # A tensor of no dimensions does not decide on the dtype.
+    assert ts.sigmoid_gate(x, gate[0, 0]).dtype is torch.bfloat16
+    ints = torch.arange(-3, 4, device=device)
+    torch.testing.assert_close(ts.sigmoid_gate(ints, ints), gated(ints, ints))
+    z = torch.randn(4, dtype=torch.complex64, device=device)
+    torch.testing.assert_close(ts.silu(z), F.silu(z))
+
+
+def test_autocast_leaves_the_dtype_alone(device):
+    x = random((4, 6), torch.float32, device).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for ours, theirs in ((ts.silu, F.silu), (ts.logsigmoid, F.logsigmoid), (ts.glu, F.glu)):
+            assert ours(x).dtype is theirs(x).dtype is torch.float32
+            assert ours(x.bfloat16()).dtype is theirs(x.bfloat16()).dtype is torch.bfloat16
+
+
+@every_case
+def test_checkpointing(case, device):
+    from torch.utils.checkpoint import checkpoint
+
+    function = CASES[case][0]
+    tensors = operands(case, torch.float32, device)
+    _, *plain = value_and_gradients(function, tensors)
+    for use_reentrant in (False, True):
+        again = leaves(tensors)
+        checkpoint(function, *again, use_reentrant=use_reentrant).sum().backward()
+        assert all(torch.equal(grad, tensor.grad) for grad, tensor in zip(plain, again))
+
+
+BAD = {
+    "not a tensor": (lambda: ts.silu([1.0]), TypeError, "input must be a torch.Tensor, got list"),
+    "logsigmoid of a number": (lambda: ts.logsigmoid(1.0), TypeError, "got float"),
+    "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), ValueError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
+    "no dim": (lambda: ts.glu(torch.tensor(1.0)), ValueError, "no dimensions"),
+    "dim out of range": (lambda: ts.glu(torch.ones(2, 4), 2), IndexError, "out of range"),
+    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), ValueError, "must be even, got 3"),
+    "halves of unequal size": (lambda: ts.swiglu(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"\(2, 3\) and \(2, 4\)"),
+    "a gate that does not broadcast": (
+        lambda: ts.sigmoid_gate(torch.ones(2, 3), torch.ones(2)),
+        ValueError,
+        r"broadcast to input's shape \(2, 3\), got \(2,\)",
+    ),
+    "a gate larger than its input": (lambda: ts.sigmoid_gate(torch.ones(3), torch.ones(2, 3)), ValueError, "got .2, 3."),
+    "two devices": (
+        lambda: ts.sigmoid_gate(torch.ones(3), torch.ones(3, device="meta")),
+        ValueError,
+        "input on cpu and gate on meta",
+    ),
+    "a gate that is no tensor": (lambda: ts.sigmoid_gate(torch.ones(3), 1.0), TypeError, "gate must be a torch.Tensor"),
+    "a negative limit": (lambda: ts.swiglu(torch.ones(4), limit=-1.0), ValueError, "limit must not be negative, got -1.0"),
+    "alpha 0": (lambda: ts.swiglu(torch.ones(4), alpha=0.0), ValueError, "alpha must be positive and finite, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad):
+    call, error, message = BAD[bad]
+    with pytest.raises(error, match=message):
+        call()
+
+
+MODULES = {
+    "SiLU": (torch.nn.SiLU(), F.silu),
+    "LogSigmoid": (torch.nn.LogSigmoid(), F.logsigmoid),
+    "GLU": (torch.nn.GLU(1), functools.partial(F.glu, dim=1)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_replace_torchs_and_are_taken_back(name, device):
+    theirs, _ = MODULES[name]
+    x = random((4, 6), torch.float64, device)
+    model = torch.nn.Sequential(type(theirs)(*([1] if name == "GLU" else [])))
+    (module,) = model
+    expected = value_and_gradients(model, [x])
+    assert ts.replace(model) is model
+    assert type(model[0]) is getattr(ts, name)
+    assert isinstance(model[0], type(theirs))
+    assert model[0] is module
+    torch.testing.assert_close(value_and_gradients(model, [x]), expected, rtol=1e-12, atol=1e-14)
+    assert repr(model[0]) == repr(theirs)
+    assert type(ts.restore(model)[0]) is type(theirs)
+    assert vars(model[0]).keys() == vars(theirs).keys()
+    torch.testing.assert_close(torch.jit.script(ts.replace(model))(x), expected[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_intercept_takes_functions_and_modules(name, device):
+    module, function = MODULES[name]
+    inf = torch.full((4, 6), -float("inf"), dtype=torch.float64, device=device)
+    x = random((4, 6), torch.float64, device)
+    for call in (module, function):
+        expected = value_and_gradients(call, [x])
+        with ts.intercept():
+            torch.testing.assert_close(value_and_gradients(call, [x]), expected, rtol=1e-12, atol=1e-14)
+            if name == "SiLU":
+                assert (call(inf) == 0).all()
+    if name == "SiLU":
+        with ts.intercept():
+            y = x.clone()
+            assert F.silu(y, inplace=True) is y
+            torch.testing.assert_close(y, F.silu(x))
+
+
+def test_the_modules_of_two_tensors(device):
+    x, gate = random((4, 6), torch.float32, device), random((4, 1), torch.float32, device, seed=1)
+    assert torch.equal(ts.SigmoidGate()(x, gate), ts.sigmoid_gate(x, gate))
+    assert torch.equal(ts.SwiGLU()(x), ts.swiglu(x))
+    assert torch.equal(ts.SwiGLU(0)(x), ts.swiglu(x, 0))
+    clamped = ts.SwiGLU(alpha=1.702, limit=7.0)
+    assert torch.equal(clamped(x, x), ts.swiglu(x, x, alpha=1.702, limit=7.0))
+    assert repr(clamped) == "SwiGLU(dim=-1, alpha=1.702, limit=7.0)"
+    assert repr(ts.SwiGLU()) == "SwiGLU(dim=-1)"
