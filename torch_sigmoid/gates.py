@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn import functional as F
 
 from . import ops
 from .ops import kernels
@@ -60,6 +61,21 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
     return v * factor / one_plus ** (order + 1) * scale
 
 
+def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
+    """`weighted` for values alone: where no x is far out, by torch's fused operators, at a fraction of the cost on a CPU."""
+    if function == "logsigmoid" and order:
+        return _weighted_now(v, -x, "sigmoid", 0) if order == 1 else -_weighted_now(v, x, "sigmoid", 1)
+    near = order < 2 and x.numel() and not _differentiable_again() and x.device.type == "cpu" and ops.computes_eagerly(x)
+    # A NaN among x says nothing of the others.
+    if not near or not x.amin() >= SHIFTED_FROM:
+        return weighted(v, x, function, order)
+    if order == 0:
+        return v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
+    if function == "sigmoid":
+        return ops.aten_sigmoid_backward(v, x.abs().neg_().sigmoid_())
+    return v * torch.sigmoid(-x).mul_(x).add_(1).mul_(torch.sigmoid(x))
+
+
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.float() if tensor.dtype.itemsize == 2 else tensor for tensor in tensors)
 
@@ -91,11 +107,11 @@ class Unary:
 
     def formula(self, x):
         (wide,) = _wide(x)
-        return weighted(1.0, wide, self.function, 0).to(x.dtype)
+        return _weighted_now(1.0, wide, self.function, 0).to(x.dtype)
 
     def backward_formula(self, grad_output, x):
         grad, wide = _wide(grad_output, x)
-        return (weighted(grad, wide, self.function, 1).to(grad_output.dtype),)
+        return (_weighted_now(grad, wide, self.function, 1).to(grad_output.dtype),)
 
     def double_backward_formula(self, grads, grad_output, x):
         v, grad, wide = _wide(*grads, grad_output, x)
@@ -184,7 +200,10 @@ class Gated:
 
     def _weighted(self, v, g, order):
         gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
-        result = weighted(v * self.alpha ** (order - 1), gate * self.alpha, self.function, order)
+        if self.alpha == 1:
+            result = _weighted_now(v, gate, self.function, order)
+        else:
+            result = _weighted_now(v * self.alpha ** (order - 1), gate * self.alpha, self.function, order)
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
     def formula(self, *tensors):

@@ -155,7 +155,7 @@ def sigmoid_for_tracing(input: Tensor) -> Tensor:
     return (value + torch.where(wide < 0, gradient_only, -gradient_only)).to(input.dtype)
 
 
-def _computes_eagerly(*tensors: Tensor) -> bool:
+def computes_eagerly(*tensors: Tensor) -> bool:
     """Whether operators on these tensors compute now and are seen by nobody, so that temporaries may be overwritten."""
     return not (_is_compiling() or modes_listen()) and all(map(has_plain_storage, tensors))
 
@@ -164,7 +164,7 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ'."""
     if launchable(saved, grad_output):
         return kernels.sigmoid_backward(grad_output, saved, from_input=save == "input")
-    if save == "input" and saved.dtype is torch.float32 and _computes_eagerly(saved, grad_output):
+    if save == "input" and saved.dtype is torch.float32 and computes_eagerly(saved, grad_output):
         # The formula below, in the memory of its result: on a CPU a large temporary costs more than the arithmetic.
         smaller = saved.abs().neg_().sigmoid_()
         return _sigmoid_backward_into(grad_output, smaller, grad_input=smaller)
