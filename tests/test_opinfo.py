@@ -91,3 +91,56 @@ def test_every_module_sample(training, dtype, device, save):
         close(actual, theirs.train(training)(*forward.args, **forward.kwargs))
         if sample.reference_fn is not None:
             close(actual, sample.reference_fn(ours, *ours.parameters(), *forward.args, **forward.kwargs))
+
+
+GATES = {
+    "nn.functional.silu": (torch_sigmoid.silu, torch.nn.functional.silu),
+    "nn.functional.glu": (torch_sigmoid.glu, torch.nn.functional.glu),
+    "nn.functional.logsigmoid": (torch_sigmoid.logsigmoid, torch.nn.functional.logsigmoid),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GATES)
+def test_every_sample_of_the_gates(name, dtype, device):
+    ours, theirs = GATES[name]
+    info = next(info for info in op_db if info.name == name and not info.variant_test_name)
+    count = 0
+    for generate in (info.sample_inputs, info.reference_inputs):
+        for sample in generate(device, dtype, requires_grad=True):
+            count += 1
+            x = sample.input.detach().requires_grad_()
+            wide = x.detach().double()
+            if name == "nn.functional.silu":
+                # torch's is NaN at -inf.
+                wide = wide.clamp(min=-1e4)
+            wide.requires_grad_()
+            y, expected = ours(x, *sample.args, **sample.kwargs), theirs(wide, *sample.args, **sample.kwargs)
+            upstream = torch.randn_like(y)
+            (grad,) = torch.autograd.grad(y, x, upstream)
+            (true,) = torch.autograd.grad(expected, wide, upstream.double())
+            assert y.dtype is dtype
+            finite = x.isfinite() if name != "nn.functional.glu" else torch.ones_like(x, dtype=torch.bool)
+            eps = torch.finfo(dtype).eps
+            if name != "nn.functional.glu":
+                y, expected = y[finite], expected[finite]
+            # As torch rounds it: a value beyond the dtype is infinite.
+            torch.testing.assert_close(y, expected.to(dtype), equal_nan=True, rtol=8 * eps, atol=4 * eps)
+            torch.testing.assert_close(grad[finite], true[finite].to(dtype), equal_nan=True, rtol=8 * eps, atol=8 * eps)
+    assert count > 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", GATES)
+def test_gradcheck_on_every_small_sample_of_the_gates(name, device):
+    info = next(info for info in op_db if info.name == name and not info.variant_test_name)
+    for sample in info.sample_inputs(device, torch.float64, requires_grad=True):
+        if 0 < sample.input.numel() <= 60:
+
+            def function(x):
+                return GATES[name][0](x, *sample.args, **sample.kwargs)  # noqa: B023
+
+            x = sample.input.detach().clone().requires_grad_()
+            assert gradcheck(function, (x,), check_forward_ad=True, fast_mode=True)
+            assert gradgradcheck(function, (x,), check_fwd_over_rev=True, fast_mode=True)
