@@ -2,7 +2,7 @@
 
 activation   over all x: how many, how many saturated, how many lost to rounding, Σ|f'(x)|, min |f'(x)|;
              for each unit, whether any x of it is not saturated
-squares      over all g: Σg², and how many
+squares      over all g: Σg² of the finite ones, how many g, and how many are not finite
 
 Saturated and lost are intervals of x, found beforehand where |f'| crosses a threshold: a comparison is exact where f' in
 fp32 is not. Sums are fp64, since the square of a vanishing gradient is no fp32 number. Each program leaves its sums behind,
@@ -16,12 +16,12 @@ import triton.language as tl
 from . import maths
 from .launch import SIZES, Launcher, load_tile, needs_int64, plan, select_tile, store_tile, tile_shape
 
-# The derivatives, by the number that selects one in a kernel.
+# The derivatives, by the number that selects one in a kernel; the first three are numbered as in maths.py.
 DERIVATIVES = ("sigmoid", "silu", "logsigmoid", "tanh", "relu", "hardsigmoid")
-SIGMOID, SILU, LOGSIGMOID, TANH, RELU = map(tl.constexpr, range(5))
-# Columns of what an activation leaves: count, saturated, lost, Σ|f'|, min |f'|. Of a gradient: Σg², count.
+TANH, RELU = tl.constexpr(3), tl.constexpr(4)
+# Columns of what an activation leaves: count, saturated, lost, Σ|f'|, min |f'|. Of a gradient: Σg², count, not finite.
 ACTIVATION_COLUMNS = tl.constexpr(5)
-SQUARES_COLUMNS = tl.constexpr(2)
+SQUARES_COLUMNS = tl.constexpr(3)
 # Two intervals each of saturated and of lost x, as [from, to] pairs.
 BOUNDS = 8
 FOLD_BLOCK = 1024
@@ -30,14 +30,8 @@ FOLD_BLOCK = 1024
 @triton.jit
 def derivative(x, KIND: tl.constexpr):
     """f'(x), which stays finite where x is infinite."""
-    if KIND == SIGMOID:
-        return maths.sigmoid_grad_from_input(1.0, x, False)
-    elif KIND == SILU:
-        # σ(x)·(1 + x·σ(-x)); beyond ±1000 it is 0 or 1, but for an infinite x the products are not.
-        x = tl.where(x > 1000.0, 1000.0, tl.where(x < -1000.0, -1000.0, x))
-        return maths.sigmoid(x, False) * (1.0 + x * maths.sigmoid(maths.negative(x), False))
-    elif KIND == LOGSIGMOID:
-        return maths.sigmoid(maths.negative(x), False)
+    if KIND < TANH:
+        return maths.weighted(1.0, x, KIND, 1, ROUND_TO_16_BIT=False)
     elif KIND == TANH:
         return 4.0 * maths.sigmoid_grad_from_input(1.0, 2.0 * x, False)
     elif KIND == RELU:
@@ -124,16 +118,20 @@ def squares_kernel(
 ):
     squares = tl.full((), 0.0, tl.float64)
     n = tl.full((), 0.0, tl.float64)
+    n_not_finite = tl.full((), 0.0, tl.float64)
     for TAIL in tl.static_range(2):
         present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         if present:
             _, _, _, mask = tile
             g = load_tile(g_ptr, g_row_stride, g_column_stride, tile).to(tl.float64)
-            squares += tl.sum(tl.where(mask, g * g, 0.0))
+            finite = tl.abs(g) < float("inf")
+            squares += tl.sum(tl.where(mask & finite, g * g, 0.0))
             n += count(mask)
+            n_not_finite += count(mask & (finite == 0))
     partials_ptr += tl.program_id(0) * SQUARES_COLUMNS
     tl.store(partials_ptr, squares)
     tl.store(partials_ptr + 1, n)
+    tl.store(partials_ptr + 2, n_not_finite)
 
 
 @triton.jit(do_not_specialize=["n_partials"])
@@ -256,7 +254,7 @@ def add_activation(x, kind, bounds, totals, alive, streak):
 
 
 def add_squares(g, totals):
-    """Add Σg² and the number of elements to `totals`, two fp64 numbers."""
+    """Add what a gradient tells to `totals`, SQUARES_COLUMNS fp64 numbers."""
     chosen = _squares_plan(g)
     if chosen is None:
         g = g.contiguous()

@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 from reference import FLOATS, all_patterns, allowance, random, runs_kernels, sample
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid
@@ -29,6 +33,9 @@ def layers():
         "hardsigmoid": nn.Hardsigmoid(),
         "tanh": nn.Tanh(),
         "relu": nn.ReLU(),
+        "our silu": torch_sigmoid.SiLU(),
+        "our logsigmoid": torch_sigmoid.LogSigmoid(),
+        "our glu": torch_sigmoid.GLU(),
     }
 
 
@@ -37,13 +44,14 @@ def exact_derivative(layer, x):
     e = torch.exp(-x.abs())
     slope, smaller, larger = e / (1 + e) ** 2, e / (1 + e), 1 / (1 + e)
     sigma, complement = torch.where(x < 0, smaller, larger), torch.where(x < 0, larger, smaller)
-    return {
+    slopes = {
         nn.SiLU: sigma * (1 + x * complement),
         nn.LogSigmoid: complement,
         nn.Tanh: 4 * torch.exp(-2 * x.abs()) / (1 + torch.exp(-2 * x.abs())) ** 2,
         nn.ReLU: (x > 0).double(),
         nn.Hardsigmoid: (x.abs() < 3).double() / 6,
-    }.get(type(layer), slope)
+    }
+    return next((slopes[kind] for kind in slopes if isinstance(layer, kind)), slope)
 
 
 @contextlib.contextmanager
@@ -80,7 +88,7 @@ SHAPES = {"matrix": (37, 54), "vector": (1030,), "sequence": (3, 7, 18), "images
 def test_statistics_are_those_of_float64(name, dtype, shape, device):
     layer = layers()[name]
     x, grad_output = random(shape, dtype, device, scale=4.0), random(shape, dtype, device, seed=1, scale=1e-4)
-    grad_output = grad_output.chunk(2, -1)[0] if name == "glu" else grad_output
+    grad_output = grad_output.chunk(2, -1)[0] if name.endswith("glu") else grad_output
     with watching(layer) as watch:
         grad_input = run(layer, x, grad_output)
     numbers = seen(watch)
@@ -103,7 +111,7 @@ def test_lost_is_what_autograd_loses(name, dtype, device):
     x = sample(dtype)
     x = x[x.isfinite()].to(device)
     slope = exact_derivative(layer, x.double()).abs()
-    inputs = torch.cat([torch.ones_like(x)[None], x[None]], dim=1) if name == "glu" else x[None]
+    inputs = torch.cat([torch.ones_like(x)[None], x[None]], dim=1) if name.endswith("glu") else x[None]
     gradient = gate_of(layer, run(layer, inputs))
     lost = (gradient[0] == 0) & (slope >= torch.finfo(dtype).smallest_normal)
     with watching(layer) as watch:
@@ -320,6 +328,107 @@ def test_a_grad_scalers_skipped_step_is_no_step(device):
             scaler.update()
             optimizer.zero_grad()
     assert watch.to_dict()["steps"] == [[0, 0]]
+    # What overflowed is counted, and spoils no norm.
+    numbers = seen(watch, "1")
+    assert numbers["not_finite"] > 0
+    assert 0 < numbers["entering"] < math.inf
+    assert 0 < numbers["attenuation"] < 1
+
+
+def test_norms_are_of_the_steps_that_had_a_gradient(device):
+    layer = nn.Sigmoid()
+    with watching(layer, history=2) as watch:
+        for step in range(8):
+            x = torch.ones(3, device=device, requires_grad=True)
+            y = layer(x)
+            if step % 4 == 0:
+                y.sum().backward()
+            watch.step()
+    assert [step for row in watch.to_dict()["steps"] for step in row] == [0, 3, 4, 7]
+    assert watch.to_dict()["layers"]["0"]["entering"] == pytest.approx([3**0.5] * 2)
+
+
+def test_optimizers_may_step_within_the_backward(device):
+    model = build().to(device)
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: optimizers[parameter].step())
+    with GradientWatch(model) as watch:
+        for _ in range(3):
+            model(torch.ones(3, 8, device=device)).sum().backward()
+    assert watch.to_dict()["steps"] == [[0, 0], [1, 1], [2, 2]]
+    assert all(norm > 0 for norm in watch.to_dict()["layers"]["1"]["leaving"])
+
+
+def test_a_backward_that_comes_late_is_not_the_next_samples(device):
+    layer = nn.Sigmoid()
+    with watching(layer, every=2) as watch:
+        x = torch.ones(4, device=device, requires_grad=True)
+        for step in range(3):
+            y = layer(x)
+            y.sum().backward(retain_graph=step == 0)
+            watch.step()
+            if step == 0:
+                y.sum().backward()
+    assert watch.to_dict()["layers"]["0"]["entering"] == [2, 2]
+
+
+def test_parameters_that_an_optimizer_gets_later_end_steps_too(device):
+    model = build().to(device)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1, device=device))], lr=0.1)
+    with GradientWatch(model) as watch:
+        for step in range(3):
+            model(torch.ones(3, 8, device=device)).sum().backward()
+            optimizer.step()
+            if step == 0:
+                optimizer.add_param_group({"params": list(model.parameters())})
+        assert watch.to_dict()["steps"] == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(("save", "lost"), [("output", 1.0), ("input", 0.0)])
+def test_what_intercept_saves_is_known(save, lost, device):
+    layer, x = nn.Sigmoid(), torch.full((4,), 8.0, dtype=torch.bfloat16, device=device)
+    with watching(layer) as watch, torch_sigmoid.intercept(save=save):
+        assert (run(layer, x) == 0).all() == (lost == 1)
+    assert seen(watch)["lost_to_rounding"] == lost
+
+
+def test_memory_does_not_grow_with_the_shapes_of_inputs(device):
+    layer, gate = nn.Sigmoid(), nn.GLU(1)
+    with watching(layer, gate) as watch:
+        for size in range(1, 30):
+            run(layer, torch.ones(2, size, device=device))
+            run(gate, torch.ones(2, 6, size, device=device))
+    assert sum(map(len, watch._units.values())) <= 5
+    assert seen(watch, "1")["units"] == 3
+
+
+def test_a_forward_that_fails_leaves_no_graph_behind(device):
+    class Failing(nn.Sigmoid):
+        def forward(self, x):
+            raise MemoryError
+
+    layer = Failing()
+    with watching(layer):
+        y = torch_sigmoid.SigmoidFunction.apply(torch.ones(3, device=device, requires_grad=True))
+        y.grad_fn.held = set()
+        reference = weakref.ref(y.grad_fn.held)
+        with pytest.raises(MemoryError):
+            layer(y)
+        del y
+        gc.collect()
+        assert reference() is None
+
+
+def test_a_watch_that_is_dropped_leaves_no_hook_behind():
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    before = len(_global_optimizer_post_hooks)
+    model = build()
+    GradientWatch(model).attach()
+    del model
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
 
 
 def test_replicas_of_data_parallel_are_watched_from_their_threads(device):
@@ -361,8 +470,40 @@ def test_any_module_gives_its_norms_tuples_too(device):
     numbers = seen(watch)
     assert numbers["saturated"] is None
     assert numbers["entering"] == pytest.approx((15 * 1 + 15 * 4) ** 0.5, rel=1e-6)
-    parts = [torch.autograd.grad(torch.sigmoid(x).sum(), x)[0], torch.full_like(x, 6.0)]
-    assert numbers["leaving"] == pytest.approx(math.hypot(*(part.norm().item() for part in parts)), rel=1e-5)
+    # Of one input used twice: the norm of the sum.
+    (grad,) = torch.autograd.grad(torch.sigmoid(x).sum() + 6 * x.sum(), x)
+    assert numbers["leaving"] == pytest.approx(grad.norm().item(), rel=1e-5)
+
+
+class Twice(nn.Module):
+    """Returns one tensor twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        y = x * self.weight
+        return y, y
+
+
+def test_a_tensor_returned_twice_counts_once_and_an_input_need_not_have_a_gradient(device):
+    with watching(Twice().to(device), modules=Twice) as watch:
+        one, two = watch._layers[0].module()(torch.ones(5, 4, device=device))
+        (one.sum() + two.sum()).backward()
+    assert seen(watch)["entering"] == pytest.approx(2 * 20**0.5)
+    assert seen(watch)["leaving"] is None
+
+
+def test_part_of_what_uses_an_input_may_get_no_gradient(device):
+    module = Pair()
+    x = torch.ones(3, 5, device=device, requires_grad=True)
+    with watching(module, modules=Pair) as watch:
+        _, two = module(x)[0]["both"]
+        two.sum().backward()
+        watch.step()
+        assert not watch._unfinished
+    assert seen(watch)["leaving"] == pytest.approx(2 * 15**0.5)
 
 
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU, torch_sigmoid.Sigmoid])
@@ -423,6 +564,58 @@ def test_transforms_are_not_counted_and_not_disturbed(device):
     assert watch.to_dict()["steps"] == []
 
 
+def test_batched_gradients_and_forward_mode_are_not_disturbed(device):
+    layer = nn.Sigmoid()
+    x = torch.ones(5, 8, device=device, requires_grad=True)
+    with watching(layer):
+        y = layer(x)
+        torch.autograd.grad(y, x, torch.ones(3, 5, 8, device=device), is_grads_batched=True)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        torch.testing.assert_close(tangent, torch.autograd.functional.jvp(torch.sigmoid, x, torch.ones_like(x))[1])
+        torch.autograd.functional.hessian(
+            lambda x: layer(x).sum(), x[0].detach(), vectorize=True, outer_jacobian_strategy="forward-mode"
+        )
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_graph_holds_nothing_of_the_watch(pre_dispatch, device):
+    layer, x = nn.Sigmoid(), torch.ones(3, device=device, requires_grad=True)
+    plain = make_fx(layer, pre_dispatch=pre_dispatch)(x)
+    with watching(layer) as watch:
+        watched = make_fx(layer, pre_dispatch=pre_dispatch)(x)
+    assert len(watched.graph.nodes) == len(plain.graph.nodes)
+    assert watch.to_dict()["steps"] == []
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0,), (0, 0), (0, 3)], ids=str)
+def test_empty_inputs_are_let_through(shape, device):
+    layer = nn.Sigmoid()
+    with watching(layer) as watch:
+        run(layer, torch.ones(shape, device=device))
+    assert watch.to_dict()["layers"]["0"]["mean_derivative"] == []
+
+
+def test_a_default_device_changes_nothing(device):
+    statistics.bounds.cache_clear()
+    layer = nn.Sigmoid()
+    torch.set_default_device("meta")
+    try:
+        with watching(layer) as watch:
+            run(layer, torch.full((3,), 9.0, device=device, dtype=torch.bfloat16))
+    finally:
+        torch.set_default_device(None)
+    assert seen(watch)["lost_to_rounding"] == 1
+
+
+def test_the_tail_of_silu_in_fp32(device):
+    layer, x = nn.SiLU(), torch.full((3,), -90.0, device=device)
+    with watching(layer) as watch:
+        run(layer, x)
+    assert seen(watch)["mean_derivative"] == pytest.approx(89 * math.exp(-90), rel=1e-6)
+    assert seen(watch)["lost_to_rounding"] == 1
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_runs_unbroken_and_is_said_to_be_unseen(backend, device):
     model = build().to(device).eval()
@@ -475,6 +668,26 @@ def test_a_long_run_is_merged_into_bounded_memory(device):
         assert mean == pytest.approx(slopes.mean().item(), rel=1e-6)
         assert least == pytest.approx(slopes.min().item(), rel=1e-6)
         assert entering == pytest.approx(6**0.5, rel=1e-6)
+
+
+def test_every_row_of_a_long_run_holds_as_many_steps(device):
+    layer = nn.Sigmoid()
+    x = torch.ones(2, device=device, requires_grad=True)
+    with watching(layer, history=8) as watch:
+        for _ in range(100):
+            layer(x).sum().backward()
+            watch.step()
+    lengths = [last - first + 1 for first, last in watch.to_dict()["steps"]]
+    assert lengths == [16] * 6 + [4]
+
+
+def test_a_layer_named_as_its_root():
+    class Net(nn.Sigmoid):
+        pass
+
+    net = Net()
+    net.add_module("Net", nn.Sigmoid())
+    assert list(GradientWatch(net).to_dict()["layers"]) == ["(root)", "Net"]
 
 
 def test_copies_are_not_watched_and_detach_leaves_no_trace(device):
@@ -536,6 +749,11 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_a_sigmoid(device):
         ({"threshold": 0.0}, ValueError, r"threshold must be positive and finite, got 0\.0"),
         ({"dead_after": 0}, ValueError, "dead_after must be at least 1, got 0"),
         ({"history": 1}, ValueError, "history must be at least 2, got 1"),
+        ({"threshold": "a"}, TypeError, "threshold must be a float, got 'a'"),
+        ({"threshold": True}, TypeError, "threshold must be a float, got True"),
+        ({"modules": 5}, TypeError, "must hold module types and names, got int"),
+        ({"modules": nn.Sequential(nn.ReLU())}, TypeError, "got Sequential"),
+        ({"modules": []}, ValueError, "modules is empty"),
     ],
     ids=str,
 )
@@ -608,6 +826,47 @@ def test_the_report_names_the_layers_in_trouble_and_what_helps(rich, device, mon
     watch.report(last=1, file=healthy)
     assert "No layer is in trouble" in healthy.getvalue()
     assert "steps 1 to 1" in healthy.getvalue()
+
+
+def words_about(layer, x, file=None, **options):
+    out = io.StringIO() if file is None else file
+    with watching(layer, **options) as watch:
+        run(layer, x)
+        watch.report(file=out)
+    return out.getvalue() if file is None else None
+
+
+def test_a_relu_is_not_said_to_be_saturated_and_tanh_gets_advice_of_its_own():
+    x = -torch.ones(4, 4)
+    x[0, 0] = 1
+    assert "No layer is in trouble" in words_about(nn.ReLU(), x)
+    words = words_about(nn.Tanh(), torch.full((4, 4), 6.0, dtype=torch.bfloat16))
+    assert "LOST BY TANH" in words
+    assert "2·sigmoid(2x) - 1" in words
+
+
+def test_what_is_not_finite_is_said():
+    x = torch.ones(4)
+    x[0] = math.nan
+    words = words_about(nn.Sigmoid(), x)
+    assert "NOT FINITE: 0" in words
+    assert "No layer" not in words
+
+
+def test_a_narrow_terminal_loses_no_number(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "0.1966" in words_about(nn.Sigmoid(), torch.ones(4)) or "0.197" in words_about(nn.Sigmoid(), torch.ones(4))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+@pytest.mark.parametrize("rich", [True, False])
+def test_any_encoding_can_print_the_report(encoding, rich, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    words_about(nn.Sigmoid(), torch.full((4,), 30.0), file)
+    file.flush()
+    assert b"SATURATED" in file.buffer.getvalue()
 
 
 def test_the_report_goes_to_standard_output(capsys):

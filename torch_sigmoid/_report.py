@@ -1,5 +1,6 @@
 """How `diagnostics` puts its numbers before people: a table with words, and heat maps."""
 
+import io
 import math
 
 # Fractions of units that are worth a word, and a gradient's norm relative to the largest of the network.
@@ -29,8 +30,12 @@ dead units         units saturated on every sample of the last {dead_after} watc
 """
 
 ADVICE = {
+    "not finite": "gradients with infinities or NaN, which the norms leave out: under a GradScaler a few steps are expected to "
+    "overflow; else a lower learning rate, gradient clipping, bf16 in place of fp16",
     "lost to rounding": 'rounding, not mathematics: torch_sigmoid.Sigmoid(save="input"), or replace(model, save="input"), '
-    "keeps these gradients",
+    "keeps these gradients, and those of SiLU and GLU",
+    "lost by tanh": "rounding, not mathematics: tanh has rounded to 1; tanh(x) is 2·sigmoid(2x) - 1, whose gradient "
+    'torch_sigmoid.sigmoid(2 * x, save="input") keeps; or normalisation before the layer',
     "saturated": "inputs too large: a smaller or Xavier initialisation, normalisation before the layer, a lower learning rate",
     "dead": "units that no sample moves: look at their biases and initialisation; normalisation brings them back",
     "vanished": "the product of many small derivatives: SiLU or ReLU in hidden layers, residual connections, fewer sigmoids",
@@ -40,9 +45,12 @@ ADVICE = {
 def troubles(layer: dict, largest: float) -> list[str]:
     """What is wrong with a layer, as keys of ADVICE."""
     found = []
+    if layer["not_finite"] or math.isnan(layer["mean_derivative"] or 0):
+        found.append("not finite")
     if (layer["lost_to_rounding"] or 0) > MANY_LOST:
-        found.append("lost to rounding")
-    if (layer["saturated"] or 0) > MANY_SATURATED:
+        found.append("lost by tanh" if layer["kind"] == "tanh" else "lost to rounding")
+    # A ReLU is meant to be off for half of its inputs.
+    if (layer["saturated"] or 0) > MANY_SATURATED and layer["kind"] != "relu":
         found.append("saturated")
     if layer["dead_units"]:
         found.append("dead")
@@ -65,41 +73,58 @@ def cell(key: str, layer: dict) -> str:
 def write(layers: list[dict], steps: list[tuple[int, int, int]], watch, file) -> None:
     entering = [layer["entering"] for layer in layers if layer["entering"] is not None]
     largest = max((norm for norm in entering if math.isfinite(norm)), default=0.0)
-    title = f"Gradients in steps {steps[0][0]} to {steps[-1][1]}, {len(steps)} watched rows (every {watch.every})"
+    watched = sum(n for _, _, n in steps)
+    title = f"Gradients in steps {steps[0][0]} to {steps[-1][1]}: {watched} watched (every={watch.every}), in {len(steps)} rows"
     rows = [[cell(key, layer) for key in COLUMNS.values()] for layer in layers]
-    _table(title, list(COLUMNS), rows, file)
-    print(MEANINGS.format(threshold=watch.threshold, dead_after=watch.dead_after), file=file)
+    lines = [MEANINGS.format(threshold=watch.threshold, dead_after=watch.dead_after)]
     unseen = [layer["name"] for layer in layers if layer["mean_derivative"] is None and layer["entering"] is None]
     if unseen:
-        print(
-            f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)", file=file
-        )
+        lines.append(f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)")
     in_trouble = {}
     for layer in layers:
         for trouble in troubles(layer, largest):
             in_trouble.setdefault(trouble, []).append(layer["name"])
     for trouble, names in in_trouble.items():
-        print(f"{trouble.upper()}: {', '.join(names)}\n    {ADVICE[trouble]}", file=file)
+        lines.append(f"{trouble.upper()}: {', '.join(names)}\n    {ADVICE[trouble]}")
     if not in_trouble:
-        print("No layer is in trouble.", file=file)
+        lines.append("No layer is in trouble.")
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = "\n".join([_table(title, list(COLUMNS), rows, encoding), *lines])
+    print(_encodable(text, encoding), file=file)
 
 
-def _table(title: str, heads: list[str], rows: list[list[str]], file) -> None:
+# For what cannot print the others, such as a Windows console.
+_PLAIN = str.maketrans({"‖": "|", "–": "-", "·": "*", "²": "^2"})
+
+
+def _encodable(text: str, encoding: str) -> str:
     try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+    return text
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]], encoding: str) -> str:
+    """As wide as it needs to be: a number that is cut off is none."""
+    try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         widths = [max(map(len, column)) for column in zip(heads, *rows)]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
-        print("\n".join([title, *lines]), file=file)
-        return
-    table = Table(title=title)
+        return "\n".join([title, *lines])
+    table = Table(title=title, title_justify="left")
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=file, width=None if file.isatty() else 160)
-    console.print(table)
+    if not encoding.lower().startswith("utf"):
+        table.box = box.ASCII
+    written = io.StringIO()
+    Console(file=written, width=10_000).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().rstrip("\n").split("\n"))
 
 
 def heat_maps(seen: dict):

@@ -12,6 +12,7 @@ reads it adds up on the tensor's device, in fp64; nothing waits for the device u
 import contextlib
 import fnmatch
 import functools
+import math
 import sys
 import threading
 import warnings
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from . import ops, statistics
 from .nn import GLU, LogSigmoid, Sigmoid, SiLU
+from .swap import intercepted_save
 
 __all__ = ["SIGMOID_LIKE", "GradientWatch"]
 
@@ -63,10 +66,22 @@ _INPUT = slice(0, _N_INPUT)
 _ENTERING = slice(_N_INPUT, _N_INPUT + _N_SQUARES)
 _LEAVING = slice(_N_INPUT + _N_SQUARES, _N_INPUT + 2 * _N_SQUARES)
 _N_COLUMNS = _LEAVING.stop
-
+# Of the step at hand the number of elements, of recorded rows the number of steps in which there was a gradient.
+_SEEN = [columns.start + statistics.SQUARES_COLUMNS.index("elements") for columns in (_ENTERING, _LEAVING)]
+# Of a layer called with inputs of many sizes, those whose units are still known.
+_SIZES_KEPT = 4
 
 # What they say, one number a recorded row.
-STATISTICS = ("mean_derivative", "least_derivative", "saturated", "lost_to_rounding", "entering", "leaving", "attenuation")
+STATISTICS = (
+    "mean_derivative",
+    "least_derivative",
+    "saturated",
+    "lost_to_rounding",
+    "entering",
+    "leaving",
+    "attenuation",
+    "not_finite",
+)
 
 
 class _Layer(NamedTuple):
@@ -77,6 +92,10 @@ class _Layer(NamedTuple):
     module: weakref.ref
     kind: str | None
     lost_when: str
+
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def _nothing(*args, **kwargs) -> None:
@@ -114,8 +133,15 @@ class _Device:
         self.current = self.empty.clone()
         self.recorded = self.empty.repeat(capacity, 1, 1)
 
+    def step_at_hand(self) -> Tensor:
+        """As it is recorded."""
+        totals = self.current.clone()
+        totals[:, _SEEN] = (totals[:, _SEEN] > 0).to(totals.dtype)
+        return totals
+
     def record(self, row: int) -> None:
-        self.recorded[row] = self.current
+        """Add the step at hand to a row."""
+        self.recorded[row] = _together(self.recorded[row], self.step_at_hand())
         self.current.copy_(self.empty)
 
     def merge_pairs(self) -> None:
@@ -143,18 +169,21 @@ class GradientWatch:
       the dtype, because it works from an output that has rounded;
     - entering, leaving: the norms of the gradients with respect to the layer's output and input; attenuation: their ratio.
       Under a GradScaler both carry its scale, their ratio does not;
+    - not_finite: how many elements of these gradients are infinite or NaN, which the norms leave out;
     - dead_units: how many units were saturated on every sample of the last `dead_after` watched calls. A unit is a feature of
-      the last dimension, or a channel (dimension 1) where the input has four dimensions or more; of a GLU, of its gate.
+      the last dimension, or a channel (dimension 1) where the input has four dimensions or more; of a GLU, of its gate
+      along its dim. Of a layer called with inputs of many sizes, the last few count.
 
     For torch.nn.GLU, x is the gate. Of modules whose derivative is not known, only the norms are taken.
 
     A step ends when a torch.optim optimizer that holds a parameter of the model has stepped, or with `step()`: several
     backwards before that add up, as do several calls of one module. What a module computes without grad mode, under
-    torch.func transforms, tracers, CUDA-graph capture or within torch.compile is not seen, nor what torch.utils.checkpoint
-    computes a second time. Copies of the model are not watched, replicas of torch.nn.DataParallel are.
+    torch.func transforms, forward-mode levels, tracers, CUDA-graph capture or within torch.compile is not seen, nor what
+    torch.utils.checkpoint computes a second time. Copies of the model are not watched, replicas of torch.nn.DataParallel are.
+    torch.jit.script needs a model that is not being watched.
 
-    Memory does not grow with the run: 9 fp64 numbers a layer and recorded step, at most `history` of them. When they are
-    full, neighbouring steps are merged, so that the whole run stays in view.
+    Memory does not grow with the run: 11 fp64 numbers a layer and recorded row, at most `history` rows. When they are full,
+    neighbouring rows are merged, and later rows hold as many steps, so that the whole run stays in view.
 
     Args:
         model: any module. It is not kept alive.
@@ -187,6 +216,8 @@ class GradientWatch:
                 raise TypeError(f"GradientWatch(): {name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"GradientWatch(): {name} must be at least {least}, got {value}")
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool):
+            raise TypeError(f"GradientWatch(): threshold must be a float, got {threshold!r}")
         if not 0 < threshold < float("inf"):
             raise ValueError(f"GradientWatch(): threshold must be positive and finite, got {threshold!r}")
         self.every = every
@@ -203,11 +234,14 @@ class GradientWatch:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._devices: dict[torch.device, _Device] = {}
-        self._units: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._units: dict[tuple, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._unfinished: dict[_Edge, None] = {}
         # Of each recorded row: its first step, its last, and how many were watched.
         self._steps: list[tuple[int, int, int]] = []
+        self._steps_a_row = 1
         self._step = 0
         self._model_ran = False
+        self._ended_in_backward = False
 
     # Attaching
 
@@ -224,9 +258,12 @@ class GradientWatch:
                 raise RuntimeError(f"attach(): the module {layer.name!r} was deleted")
             before, after = _Hook(self._before, layer), _Hook(self._after, layer)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+            # Also after an exception, lest the inputs' graph be held until the next call.
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         watch = weakref.ref(self)
-        self._handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: _optimizer_stepped(watch(), optimizer)))
+        handle = register_optimizer_step_post_hook(lambda optimizer, *_: _optimizer_stepped(watch(), optimizer))
+        self._handles.append(handle)
+        weakref.finalize(self, handle.remove).atexit = False
         return self
 
     def detach(self) -> None:
@@ -244,10 +281,16 @@ class GradientWatch:
     # Watching
 
     def step(self) -> None:
-        """End a step by hand, where no torch.optim optimizer does; nothing happens if the model has not run since the last."""
-        if not self._model_ran:
+        """End a step by hand, where no torch.optim optimizer does; nothing happens if the model has not run since the last.
+
+        In the middle of a backward, where optimizers may step too, it ends when the model runs again.
+        """
+        if not self._model_ran or _is_capturing():
             return
-        self._model_ran = False
+        if torch._C._current_graph_task_id() != -1:
+            self._ended_in_backward = True
+            return
+        self._model_ran = self._ended_in_backward = False
         if self._sampling:
             self._record()
         self._step += 1
@@ -257,23 +300,32 @@ class GradientWatch:
         return self._step % self.every == 0
 
     def _record(self) -> None:
-        if len(self._steps) == self._capacity:
-            for kept in self._devices.values():
-                kept.merge_pairs()
-            pairs = zip(self._steps[0::2], self._steps[1::2])
-            self._steps = [(first, last, one + other) for (first, _, one), (_, last, other) in pairs]
+        for edge in tuple(self._unfinished):
+            edge.finish()
+        if self._steps and self._steps[-1][2] < self._steps_a_row:
+            first, _, watched = self._steps.pop()
+            self._steps.append((first, self._step, watched + 1))
+        else:
+            if len(self._steps) == self._capacity:
+                for kept in self._devices.values():
+                    kept.merge_pairs()
+                pairs = zip(self._steps[0::2], self._steps[1::2])
+                self._steps = [(first, last, one + other) for (first, _, one), (_, last, other) in pairs]
+                self._steps_a_row *= 2
+            self._steps.append((self._step, self._step, 1))
         for kept in self._devices.values():
-            kept.record(len(self._steps))
-        self._steps.append((self._step, self._step, 1))
+            kept.record(len(self._steps) - 1)
 
     def _before(self, layer: _Layer, module, args, kwargs) -> None:
         """A watched module is about to run: its x is taken now, since it may be overwritten."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _is_hidden():
             return
+        if self._ended_in_backward and torch._C._current_graph_task_id() == -1:
+            self.step()
         self._model_ran = True
         pending = self._pending()
         pending.pop(layer.index, None)
-        if not self._sampling or _is_hidden():
+        if not self._sampling:
             return
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if _is_readable(leaf)]
         edges = {_edge(tensor) for tensor in tensors if tensor.requires_grad}
@@ -285,18 +337,24 @@ class GradientWatch:
     def _after(self, layer: _Layer, module, args, kwargs, output) -> None:
         """It has run: have the nodes that it made in autograd's graph say which gradients pass them."""
         edges, first_node = self._pending().pop(layer.index, (None, None))
-        if not edges:
+        if edges is None:
             return
-        entries: dict[Any, list[int]] = {}
+        entries: dict[Any, dict[int, _Edge]] = {}
         for tensor in tree_leaves(output):
             if _is_readable(tensor) and tensor.grad_fn is not None:
                 node, position = _edge(tensor)
                 if (node, position) not in edges:
-                    entries.setdefault(node, []).append(position)
-        for node, positions in entries.items():
-            node.register_prehook(_Passing(self, layer, _ENTERING, positions))
-        for node, positions in _exits(entries, edges, first_node).items():
-            node.register_hook(_Passing(self, layer, _LEAVING, positions))
+                    entries.setdefault(node, {})[position] = _Edge(self, layer, _ENTERING)
+        for node, watched in entries.items():
+            node.register_prehook(_Passing(watched))
+        exits = _exits(entries, edges, first_node)
+        leaving = {edge: _Edge(self, layer, _LEAVING) for _, _, edge in exits}
+        at_node: dict[Any, dict[int, _Edge]] = {}
+        for node, position, edge in exits:
+            leaving[edge].parts += 1
+            at_node.setdefault(node, {})[position] = leaving[edge]
+        for node, watched in at_node.items():
+            node.register_hook(_Passing(watched))
 
     def _pending(self) -> dict:
         """Of the modules that this thread is in: the edges to their inputs, and the number of the next node."""
@@ -305,23 +363,26 @@ class GradientWatch:
         return self._local.pending
 
     def _add_input(self, layer: _Layer, module, x: Tensor) -> None:
-        x = _units_in_the_middle(_gate(module, x))
+        dim = None
+        if isinstance(module, torch.nn.GLU):
+            dim = module.dim
+            if x.dim() == 0 or x.size(dim) % 2:
+                # Which the module is about to say.
+                return
+            x = x.chunk(2, dim)[1]
         if x.numel() == 0:
             return
-        lost_when = layer.lost_when
-        if getattr(module, "save", None) == "input":
-            lost_when = "never"
-        elif type(module).forward is torch.nn.GLU.forward and x.device.type == "cuda":
-            # There torch's backward computes σ from the gate, in fp32; elsewhere it takes it in the tensor's dtype.
-            lost_when = "sigmoid rounds to 1 in fp32"
-        limits = statistics.bounds(layer.kind, lost_when, x.dtype, self.threshold, x.device)
+        x = _units_in_the_middle(x, dim)
+        limits = statistics.bounds(layer.kind, _lost_when(layer, module, x), x.dtype, self.threshold, x.device)
         with self._lock:
             totals = self._totals(x.device)[layer.index, _INPUT]
             alive, streak = self._units_of(layer, x)
             statistics.add_activation(x, layer.kind, limits, totals, alive, streak)
 
     def _add_gradient(self, layer: _Layer, columns: slice, gradient: Tensor) -> None:
-        if not self._handles or not _is_readable(gradient) or gradient.numel() == 0:
+        if not self._handles or not self._sampling or _is_hidden(recomputed=False):
+            return
+        if not _is_readable(gradient) or gradient.numel() == 0:
             return
         with torch.no_grad(), _no_autocast(gradient), self._lock:
             statistics.add_squares(gradient, self._totals(gradient.device)[layer.index, columns])
@@ -333,10 +394,14 @@ class GradientWatch:
 
     def _units_of(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whether a unit was alive in this call, and for how many calls it has not been."""
-        key = layer.index, x.device, x.shape[1]
-        if key not in self._units:
-            self._units[key] = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device).unbind()
-        return self._units[key]
+        of_sizes = self._units.setdefault((layer.index, x.device), {})
+        units = of_sizes.pop(x.shape[1], None)
+        if units is None:
+            units = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device).unbind()
+            if len(of_sizes) == _SIZES_KEPT:
+                of_sizes.pop(next(iter(of_sizes)))
+        of_sizes[x.shape[1]] = units
+        return units
 
     # What comes out
 
@@ -349,7 +414,7 @@ class GradientWatch:
         streaks = self._streaks()
         layers = {}
         for layer in self._layers:
-            rows = [_derived(row, watched) for row, (_, _, watched) in zip(totals[:, layer.index].tolist(), steps)]
+            rows = [_derived(row) for row in totals[:, layer.index].tolist()]
             dead, units = _dead(streaks.get(layer.index, []), self.dead_after)
             layers[layer.name] = {
                 "type": _type_name(layer),
@@ -397,13 +462,12 @@ class GradientWatch:
             return
         steps, totals = steps[-(last or 0) :], totals[-(last or 0) :]
         merged = functools.reduce(_together, totals)
-        watched = sum(n for _, _, n in steps)
         streaks = self._streaks()
         layers = []
         for layer in self._layers:
             dead, units = _dead(streaks.get(layer.index, []), self.dead_after)
-            numbers = _derived(merged[layer.index].tolist(), watched) | {"dead_units": dead, "units": units}
-            layers.append({"name": layer.name, "type": _type_name(layer), **numbers})
+            numbers = _derived(merged[layer.index].tolist()) | {"dead_units": dead, "units": units}
+            layers.append({"name": layer.name, "type": _type_name(layer), "kind": layer.kind, **numbers})
         _report.write(layers, steps, self, file)
 
     def plot(self):
@@ -427,7 +491,7 @@ class GradientWatch:
         if not steps:
             raise RuntimeError(f"log_to(): {_unseen_word(self)}")
         for layer in self._layers:
-            for key, value in _derived(totals[-1, layer.index].tolist(), steps[-1][2]).items():
+            for key, value in _derived(totals[-1, layer.index].tolist()).items():
                 if value is not None:
                     writer.add_scalar(f"gradients/{layer.name}/{key}", value, steps[-1][1] if step is None else step)
 
@@ -439,7 +503,7 @@ class GradientWatch:
         with self._lock:
             for kept in self._devices.values():
                 rows = kept.recorded[: len(steps)]
-                rows = (torch.cat([rows, kept.current[None]]) if open_step else rows).double().cpu()
+                rows = (torch.cat([rows, kept.step_at_hand()[None]]) if open_step else rows).double().cpu()
                 totals = rows if totals is None else _together(totals, rows)
         if totals is None:
             return [], torch.zeros(0, len(self._layers), _N_COLUMNS)
@@ -449,29 +513,60 @@ class GradientWatch:
         """Of each layer, for each number of units it was called with, how many calls each unit has been dead for, at least."""
         found: dict[tuple[int, int], Tensor] = {}
         with self._lock:
-            for (index, _, n_units), (_, streak) in self._units.items():
-                streak = streak.cpu()
-                key = index, n_units
-                found[key] = torch.minimum(found[key], streak) if key in found else streak
+            for (index, _), of_sizes in self._units.items():
+                for n_units, (_, streak) in of_sizes.items():
+                    streak = streak.cpu()
+                    key = index, n_units
+                    found[key] = torch.minimum(found[key], streak) if key in found else streak
         by_layer: dict[int, list[Tensor]] = {}
         for (index, _), streak in found.items():
             by_layer.setdefault(index, []).append(streak)
         return by_layer
 
 
-class _Passing:
-    """A hook of a node: the gradients at these positions are a layer's."""
+class _Edge:
+    """An output of a layer, or an input: its gradient is the sum of the `parts` that come from where the layer uses it."""
 
-    def __init__(self, watch, layer, columns, positions):
+    def __init__(self, watch, layer, columns):
         self.watch = watch
         self.layer = layer
         self.columns = columns
-        self.positions = positions
+        self.parts = 0
+        self.arrived = 0
+        self.total = None
+
+    def add(self, gradient: Tensor | None) -> None:
+        if not self.watch._sampling:
+            return
+        if self.parts <= 1:
+            self.total = gradient
+            self.finish()
+            return
+        if gradient is not None:
+            with torch.no_grad():
+                self.total = gradient if self.total is None else self.total + gradient
+        self.arrived += 1
+        self.watch._unfinished[self] = None
+        if self.arrived == self.parts:
+            self.finish()
+
+    def finish(self) -> None:
+        """Count what has arrived: everything, or at the end of a step what there was."""
+        self.watch._unfinished.pop(self, None)
+        if self.total is not None:
+            self.watch._add_gradient(self.layer, self.columns, self.total)
+        self.total, self.arrived = None, 0
+
+
+class _Passing:
+    """A hook of a node, whose gradients at these positions are those of edges."""
+
+    def __init__(self, edges: dict[int, _Edge]):
+        self.edges = edges
 
     def __call__(self, gradients, *_) -> None:
-        for position in self.positions:
-            if gradients[position] is not None:
-                self.watch._add_gradient(self.layer, self.columns, gradients[position])
+        for position, edge in self.edges.items():
+            edge.add(gradients[position])
 
 
 def _optimizer_stepped(watch: GradientWatch | None, optimizer) -> None:
@@ -479,10 +574,13 @@ def _optimizer_stepped(watch: GradientWatch | None, optimizer) -> None:
     model = watch and watch._model()
     if model is None:
         return
-    if optimizer not in watch._held:
+    n_groups = len(optimizer.param_groups)
+    known_groups, holds = watch._held.get(optimizer, (None, False))
+    if known_groups != n_groups:
         own = {id(parameter) for parameter in model.parameters()}
-        watch._held[optimizer] = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
-    if watch._held[optimizer]:
+        holds = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+        watch._held[optimizer] = n_groups, holds
+    if holds:
         watch.step()
 
 
@@ -491,11 +589,30 @@ def _known(module) -> tuple[str | None, str]:
     return _KNOWN.get(type(module).forward, (None, "never"))
 
 
+def _lost_when(layer: _Layer, module, x: Tensor) -> str:
+    """When this call of the module will find 0 in its backward."""
+    forward = type(module).forward
+    save = intercepted_save()
+    if getattr(module, "save", save if forward is torch.nn.Sigmoid.forward else None) == "input":
+        return "never"
+    if save is not None and forward in (torch.nn.SiLU.forward, torch.nn.GLU.forward):
+        # Ours, which save the input, are in their place.
+        return "never"
+    if forward is torch.nn.GLU.forward and x.device.type == "cuda":
+        # There torch's backward computes σ from the gate, in fp32; elsewhere it takes it in the tensor's dtype.
+        return "sigmoid rounds to 1 in fp32"
+    return layer.lost_when
+
+
 def _find(model, modules) -> list[tuple[str, torch.nn.Module]]:
     """The modules to watch, by name; a module with several names comes once."""
     if isinstance(modules, str | type):
         modules = (modules,)
+    if isinstance(modules, torch.nn.Module) or not isinstance(modules, Iterable | None):
+        raise TypeError(f"GradientWatch(): modules must hold module types and names, got {type(modules).__name__}")
     chosen = SIGMOID_LIKE if modules is None else tuple(modules)
+    if not chosen:
+        raise ValueError("GradientWatch(): modules is empty; expected module types or names, or None for SIGMOID_LIKE")
     for each in chosen:
         if not isinstance(each, str | type):
             raise TypeError(f"GradientWatch(): modules must hold module types and names, got {each!r}")
@@ -526,7 +643,9 @@ def _find(model, modules) -> list[tuple[str, torch.nn.Module]]:
         warnings.warn(
             f"GradientWatch cannot see into modules compiled by torch.compile; not watched: {_some(inside)}", stacklevel=3
         )
-    return [(name or type(module).__name__, module) for name, module in found if name not in inside]
+    names = {name for name, _ in found}
+    root = type(model).__name__ if type(model).__name__ not in names else "(root)"
+    return [(name or root, module) for name, module in found if name not in inside]
 
 
 def _is_compiled(module) -> bool:
@@ -538,17 +657,27 @@ def _some(names) -> str:
     return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
-def _is_hidden() -> bool:
-    """Whether this call is not to be counted: somebody traces or transforms it, or it is a recomputation.
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _is_hidden(recomputed: bool = True) -> bool:
+    """Whether this call is not to be counted: somebody traces or transforms it, or (if that is asked) it is a recomputation.
 
     What a checkpoint with use_reentrant=False recomputes, in a backward and under saved-tensor hooks, was counted before.
     With use_reentrant=True the first call was without grad mode, and the second one counts.
     """
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if torch._C._current_graph_task_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch._C._get_dispatch_mode(_PROXY) is not None or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if (
+        recomputed
+        and torch._C._current_graph_task_id() != -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
+        return True
+    return _is_capturing()
 
 
 def _is_readable(value) -> bool:
@@ -561,6 +690,7 @@ def _is_readable(value) -> bool:
         and value.dtype in ops.FLOAT_DTYPES
         and not value.is_nested
         and not torch._C._functorch.is_legacy_batchedtensor(value)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
 
 
@@ -575,27 +705,26 @@ def _next_node_number() -> int:
     return torch._C._autograd._get_sequence_nr()
 
 
-def _exits(entries, edges, first_node) -> dict:
-    """The nodes made since `first_node` that lead to one of `edges`, and at which positions."""
-    found: dict[Any, list[int]] = {}
+def _exits(entries, edges, first_node) -> list:
+    """The nodes made since `first_node` that lead to one of `edges`, at which positions, and to which."""
+    found = []
     seen, ahead = set(entries), list(entries)
     while ahead:
         node = ahead.pop()
         for position, edge in enumerate(node.next_functions):
             if edge in edges:
-                found.setdefault(node, []).append(position)
+                found.append((node, position, edge))
             elif edge[0] is not None and edge[0] not in seen and edge[0]._sequence_nr() >= first_node:
                 seen.add(edge[0])
                 ahead.append(edge[0])
     return found
 
 
-def _gate(module, x: Tensor) -> Tensor:
-    return x.chunk(2, module.dim)[1] if isinstance(module, torch.nn.GLU) else x
-
-
-def _units_in_the_middle(x: Tensor) -> Tensor:
-    """x as (outer, units, inner)."""
+def _units_in_the_middle(x: Tensor, dim: int | None = None) -> Tensor:
+    """x as (outer, units, inner), its units along `dim` if that is given."""
+    if dim is not None:
+        dim %= x.ndim
+        return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
     if x.ndim >= 4:
         # Also where channels are last in memory: then they become columns without a copy.
         return x.flatten(2) if x.is_contiguous() else x.movedim(1, -1).reshape(-1, x.shape[1])[..., None]
@@ -607,18 +736,20 @@ def _no_autocast(tensor: Tensor):
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _derived(totals: list[float], n_steps: int) -> dict[str, float | None]:
-    """The STATISTICS that a layer's totals over so many steps give; None where nothing was seen.
+def _derived(totals: list[float]) -> dict[str, float | None]:
+    """The STATISTICS that a layer's totals give; None where nothing was seen.
 
-    Of several steps, a norm is the root of their mean square.
+    Of several steps, a norm is the root of their mean square, over those in which there was a gradient.
     """
     elements, saturated, lost, total, least = totals[_INPUT]
-    (entering, n_entering), (leaving, n_leaving) = totals[_ENTERING], totals[_LEAVING]
-    entering = (entering / n_steps) ** 0.5 if n_entering else None
-    leaving = (leaving / n_steps) ** 0.5 if n_leaving else None
+    (entering, n_entering, not_finite), (leaving, n_leaving, not_finite_leaving) = totals[_ENTERING], totals[_LEAVING]
+    not_finite = int(not_finite + not_finite_leaving) if n_entering or n_leaving else None
+    entering = (entering / n_entering) ** 0.5 if n_entering else None
+    leaving = (leaving / n_leaving) ** 0.5 if n_leaving else None
+    least = None if least == math.inf else least
     attenuation = leaving / entering if entering and leaving is not None else None
     of_input = (total / elements, least, saturated / elements, lost / elements) if elements else (None,) * 4
-    return dict(zip(STATISTICS, (*of_input, entering, leaving, attenuation)))
+    return dict(zip(STATISTICS, (*of_input, entering, leaving, attenuation, not_finite)))
 
 
 def _dead(streaks: list[Tensor], dead_after: int) -> tuple[int | None, int | None]:

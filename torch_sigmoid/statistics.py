@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import gates, ops
 
-# Columns of the totals of an activation; those of a gradient are its sum of squares and its number of elements.
+# Columns of the totals of an activation, and of a gradient.
 ACTIVATION_COLUMNS = ("elements", "saturated", "lost", "sum of |f'|", "least |f'|")
-SQUARES_COLUMNS = ("squares", "elements")
+SQUARES_COLUMNS = ("squares of the finite", "elements", "not finite")
 LEAST = ACTIVATION_COLUMNS.index("least |f'|")
 
 
@@ -47,11 +47,6 @@ def _exact_slopes(x: Tensor) -> Tensor:
     return e / (1 + e).square_()
 
 
-def _silu_slopes(x: Tensor) -> Tensor:
-    x = x.clamp(-1000, 1000)
-    return torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))
-
-
 def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
     """`height` where the condition holds, else 0; NaN for NaN."""
     return torch.where(condition, height, torch.where(x.isnan(), x, 0.0))
@@ -60,8 +55,10 @@ def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
 KINDS = {
     "sigmoid": Kind(_sigmoid_slope, _exact_slopes, (0.0,)),
     # Its zero, and the two turns of f' at the solutions of x·tanh(x/2) = 2.
-    "silu": Kind(_silu_slope, _silu_slopes, (-2.3993572805154, -1.2784645427610738, 2.3993572805154)),
-    "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: torch.sigmoid(-x), ()),
+    "silu": Kind(
+        _silu_slope, lambda x: gates.weighted(1.0, x, "silu", 1), (-2.3993572805154, -1.2784645427610738, 2.3993572805154)
+    ),
+    "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: gates.weighted(1.0, x, "logsigmoid", 1), ()),
     "tanh": Kind(lambda x: 4 * _sigmoid_slope(2 * x), lambda x: 4 * _exact_slopes(2 * x), (0.0,)),
     "relu": Kind(lambda x: float(x > 0), lambda x: _step(x > 0, x, 1.0), (0.0,)),
     "hardsigmoid": Kind(lambda x: float(abs(x) < 3) / 6, lambda x: _step(x.abs() < 3, x, 1 / 6), (-3.0, 0.0, 3.0)),
@@ -89,12 +86,12 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _rank(x: float, dtype: torch.dtype) -> int:
     """The number of representable numbers between 0 and x, negative for x < 0."""
-    magnitude = torch.tensor([abs(x)], dtype=torch.float64).to(dtype).view(_BITS[dtype.itemsize]).item()
+    magnitude = torch.tensor([abs(x)], dtype=torch.float64, device="cpu").to(dtype).view(_BITS[dtype.itemsize]).item()
     return -magnitude if x < 0 else magnitude
 
 
 def _at_rank(rank: int, dtype: torch.dtype) -> Tensor:
-    magnitude = torch.tensor([abs(rank)], dtype=_BITS[dtype.itemsize]).view(dtype)
+    magnitude = torch.tensor([abs(rank)], dtype=_BITS[dtype.itemsize], device="cpu").view(dtype)
     return -magnitude if rank < 0 else magnitude
 
 
@@ -141,8 +138,7 @@ def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, devi
         return abs(slope(x.item())) >= smallest_normal
 
     pairs = _intervals(saturated, turns, dtype)
-    if len(pairs) > 2:
-        raise ValueError(f"threshold {threshold} cuts |f'| of {kind} into {len(pairs)} saturated intervals; expected at most 2")
+    assert len(pairs) <= 2, "|f'| of no kind falls below a threshold in three places"
     pairs += [EMPTY] * (2 - len(pairs))
     lost = []
     for first, last in _intervals(lambda x: bool(zero(x)), turns, dtype):
@@ -150,7 +146,7 @@ def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, devi
             if max(first, low) <= min(last, high):
                 lost.append((max(first, low), min(last, high)))
     pairs += lost + [EMPTY] * (2 - len(lost))
-    return torch.tensor(pairs, dtype=torch.float64).flatten().to(device, _arithmetic(dtype))
+    return torch.tensor(pairs, dtype=torch.float64, device="cpu").flatten().to(device, _arithmetic(dtype))
 
 
 def _within(x: Tensor, limits: Tensor) -> Tensor:
@@ -178,9 +174,11 @@ def add_activation(x: Tensor, kind: str, limits: Tensor, totals: Tensor, alive: 
 
 
 def add_squares(g: Tensor, totals: Tensor) -> None:
-    """Add to `totals` (SQUARES_COLUMNS) the sum of squares of `g` and its number of elements."""
+    """Add to `totals` (SQUARES_COLUMNS) what `g` tells."""
     if ops.launchable(g, totals):
         ops.kernels.add_squares(g, totals)
         return
-    totals[0] += g.to(totals.dtype).square().sum()
+    finite = g.isfinite()
+    totals[0] += torch.where(finite, g, 0.0).to(totals.dtype).square().sum()
     totals[1] += g.numel()
+    totals[2] += g.numel() - finite.sum()

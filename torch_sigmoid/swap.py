@@ -111,6 +111,12 @@ class intercept(TorchFunctionMode):
         return self.save
 
 
+def intercepted_save() -> str | None:
+    """The `save` of the intercept around this call; None where there is none."""
+    modes = [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, intercept)]
+    return modes[-1].save if modes else None
+
+
 class _Nesting(threading.local):
     """Whether an inner `intercept` has taken the call, whose own torch.sigmoid an outer one must let through."""
 
