@@ -301,7 +301,8 @@ def check_a_watch_launches_without_looking_up():
             before = record.launches
             looked_up = through_triton(unwatched)
             watched.append((record.launches - before - own, looked_up))
-    assert watched == [(3 + 2 * 2, 3 + 2), (3 + 2 * 2, 0)], watched
+    # The two gradients' totals are aligned differently, so the kernel that adds to them is compiled twice.
+    assert watched == [(3 + 2 * 2, 3 + 3), (3 + 2 * 2, 0)], watched
 
 
 def main():

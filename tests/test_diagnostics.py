@@ -387,7 +387,7 @@ def test_parameters_that_an_optimizer_gets_later_end_steps_too(device):
 
 @pytest.mark.parametrize(("save", "lost"), [("output", 1.0), ("input", 0.0)])
 def test_what_intercept_saves_is_known(save, lost, device):
-    layer, x = nn.Sigmoid(), torch.full((4,), 8.0, dtype=torch.bfloat16, device=device)
+    layer, x = nn.Sigmoid(), torch.full((4,), 20.0, dtype=torch.bfloat16, device=device)
     with watching(layer) as watch, torch_sigmoid.intercept(save=save):
         assert (run(layer, x) == 0).all() == (lost == 1)
     assert seen(watch)["lost_to_rounding"] == lost
