@@ -25,6 +25,7 @@ from .launch import SIZES, Launcher, load_tile, select_tile, store_tile
 
 FUNCTIONS = {"sigmoid": maths.SIGMOID.value, "silu": maths.SILU.value, "logsigmoid": maths.LOGSIGMOID.value}
 SIGMOID_GATE = "sigmoid", 1.0, None, 0.0
+SWIGLU = "silu", 1.0, None, 0.0
 # What a broadcast launch splits its sums for: as many programs keep a large GPU busy.
 ENOUGH_PROGRAMS = 1024
 
@@ -530,6 +531,21 @@ def gate_double_backward(v, w, grad_output, a, g, gate, out):
     to_grad_output = torch.empty_like(a, dtype=grad_output.dtype)
     _gate_launchers(*gate)[2]((v, w, grad_output, a, g), (to_grad_output, *out))
     return to_grad_output
+
+
+def warmup(device, dtype):
+    """Compile and load the kernels for dense tensors, and the backwards for an expanded upstream gradient too."""
+    x = torch.empty(launch.TAIL_COLUMNS.value + 1, dtype=dtype, device=device)
+    for grad in (x, x[:1].expand_as(x)):
+        for function in ("silu", "logsigmoid"):
+            unary_forward(x, function)
+            unary_backward(grad, x, function)
+            unary_double_backward(x, grad, x, function)
+        for gate in (SIGMOID_GATE, SWIGLU):
+            gate_forward(x, x, gate)
+            out = torch.empty_like(x), torch.empty_like(x)
+            gate_backward(grad, x, x, gate, out)
+            gate_double_backward(x, x, grad, x, x, gate, out)
 
 
 class Matrix(NamedTuple):

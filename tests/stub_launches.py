@@ -279,6 +279,14 @@ def check_after_warmup_nothing_is_compiled():
             )
             torch.autograd.grad(grad, x, torch.empty(shape, dtype=dtype))
         assert not compiled
+        torch_sigmoid.warmup("cpu", [torch.bfloat16], include_gates=True)
+        compiled.clear()
+        for shape in ((1,), (64,), (3, 1000, 7)):
+            x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+            for y in (torch_sigmoid.silu(x), torch_sigmoid.logsigmoid(x), torch_sigmoid.swiglu(x, x)):
+                y.sum().backward()
+                torch_sigmoid.sigmoid_gate(y.detach(), x).backward(torch.empty_like(y))
+        assert not compiled
         torch_sigmoid.sigmoid(torch.empty(8, 40)[:, :33])
         assert compiled, "a slice compiles when it first comes, so the hook works"
     finally:

@@ -23,7 +23,7 @@ from benchmarks.code import (
     operators,
     targets,
 )
-from torch_sigmoid.kernels import launch, statistics
+from torch_sigmoid.kernels import gates, launch, statistics
 
 TARGETS = targets()
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
@@ -179,3 +179,52 @@ def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
         if name not in ("fold", "streak"):
             wide = [instruction for instruction in instructions if instruction.startswith("LDG") and ".128" in instruction]
             assert len(wide) == elements_per_thread() * dtype.itemsize // 16, name
+
+
+GATES = {"gate": gates.SIGMOID_GATE, "swiglu": ("silu", 1.0, None, 0.0), "clamped": ("silu", 1.702, 7.0, 1.0)}
+ORDERS = ("forward", "backward", "double-backward")
+
+
+def gate_launches(dtype):
+    """Launchers with inputs and outputs, and how many full tensors each moves: dense, halves of rows, and broadcast."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    dense = meta(ODD, dtype=dtype)
+    for function, launchers in gates._unary_launchers.items():
+        for order, launcher, n_inputs, n_outputs in zip(ORDERS, launchers, (1, 2, 3), (1, 1, 2)):
+            yield f"{function} {order}", launcher, [dense] * n_inputs, [dense] * n_outputs, n_inputs + n_outputs
+    half = meta(4096, 2048, dtype=dtype).chunk(2, 1)[0]
+    for name, gate in GATES.items():
+        for order, launcher, n_inputs, n_outputs in zip(ORDERS, gates._gate_launchers(*gate), (2, 3, 5), (1, 2, 3)):
+            for of, tensor in (("", dense), (" of halves", half)):
+                yield f"{name} {order}{of}", launcher, [tensor] * n_inputs, [tensor] * n_outputs, n_inputs + n_outputs
+    for of, rows, columns, units in (
+        ("channels", 32768, 3136, (1, 32768, 1)),
+        ("heads", 8192, 64, (1, 8192, 1)),
+        ("channels last", 32 * 3136, 256, (32, 1, 256)),
+    ):
+        full, unit, sums = meta(rows, columns, dtype=dtype), meta(*units, dtype=dtype), meta(2, 2, 2, dtype=wide)
+        forward, backward, double_backward = gates._broadcast
+        yield f"{of} forward", forward, [full, unit], [full], 2
+        yield f"{of} backward", backward, [full, full, unit], [full, sums], 3
+        yield f"{of} double-backward", double_backward, [full, full, full, unit, unit], [full, full, sums], 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"), [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in AMD_ARCHITECTURES]
+)
+def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
+    # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
+    slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
+    for name, launcher, inputs, outputs, moved in gate_launches(dtype):
+        compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
+        if target in AMD_ARCHITECTURES:
+            assert "scratch_load" not in compiled.asm["amdgcn"], name
+            continue
+        instructions, _, stack = disassemble(compiled)
+        assert stack <= 16, name
+        assert not {"ATOM", "ATOMG", "RED", "REDG"} & {each.split(".")[0] for each in instructions}, name
+        accesses = [each for each in instructions if each.startswith(("LDG", "STG")) and ".128" in each]
+        assert len(accesses) >= moved * elements_per_thread() * dtype.itemsize // 16, name
+        # The sums of a broadcast gate are set-up, counted though a program does them once.
+        allowed = moved * slots * (1.25 if launcher in gates._broadcast else 1)
+        assert len(instructions) / elements_per_thread() <= allowed, name

@@ -1,12 +1,14 @@
 """log-sigmoid, SiLU, GLU, sigmoid_gate and SwiGLU: right against float64, in every layout and every autograd mode."""
 
 import functools
+import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, assert_near, is_normal, random, runs_kernels, ulp, ulp_error
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sigmoid as ts
 from torch_sigmoid import ops
@@ -536,3 +538,58 @@ def test_the_modules_of_two_tensors(device):
     assert torch.equal(clamped(x, x), ts.swiglu(x, x, alpha=1.702, limit=7.0))
     assert repr(clamped) == "SwiGLU(dim=-1, alpha=1.702, limit=7.0)"
     assert repr(ts.SwiGLU()) == "SwiGLU(dim=-1)"
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something: on a GPU each is a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func._schema.name not in ("aten::empty_like", "aten::detach")
+        return func(*args, **(kwargs or {}))
+
+
+def of_torch(function, tensors):
+    """Operators of forward, backward and double backward, and elements saved for each of the output's."""
+    tensors = leaves(tensors)
+    (output, saved), operators = saved_by(function, tensors), []
+    elements = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() // 4 for each in saved}.values())
+    upstream = torch.ones_like(output).requires_grad_()
+    grads = torch.autograd.grad(output, tensors, upstream, create_graph=True)
+    v = [torch.ones_like(grad) for grad in grads]
+    for call in (
+        lambda: function(*tensors),
+        lambda: torch.autograd.grad(output, tensors, upstream.detach(), retain_graph=True),
+        lambda: torch.autograd.grad(grads, (upstream, *tensors), v),
+    ):
+        with Operators() as counted:
+            call()
+        operators.append(counted.count)
+    return operators, elements / output.numel()
+
+
+IN_THE_README = {
+    "logsigmoid": (F.logsigmoid, [(8, 8)]),
+    "silu": (F.silu, [(8, 8)]),
+    "glu": (F.glu, [(8, 8)]),
+    "sigmoid_gate": (gated, [(8, 8), (8, 8)]),
+    "sigmoid_gate, broadcast": (gated, [(8, 8), (8, 1)]),
+    "swiglu": (lambda gate, up: F.silu(gate) * up, [(8, 8), (8, 8)]),
+    "swiglu, packed": (halves(lambda gate, up: F.silu(gate) * up, -1), [(8, 8)]),
+    "swiglu, clamped": (clamped_swiglu, [(8, 8), (8, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_README)
+def test_what_the_readme_says_of_torchs_operators(name):
+    function, shapes = IN_THE_README[name]
+    operators, saved = of_torch(function, [random(shape, torch.float32) for shape in shapes])
+    ours = sum(torch.Size(shape).numel() for shape in shapes) / function(*map(torch.ones, shapes)).numel()
+    readme = pathlib.Path(__file__).parent.parent.joinpath("README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == f"{' / '.join(map(str, operators))} → 1 / 1 / 1"
+    assert cells[4] == f"{saved:g} → {ours:g}"

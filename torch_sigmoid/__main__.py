@@ -27,18 +27,41 @@ def exact_derivative(x: float) -> float:
     return math.exp(-abs(x)) / (1 + math.exp(-abs(x))) ** 2
 
 
+def exact_logsigmoid(x: float) -> float:
+    return min(x, 0) - math.log1p(math.exp(-abs(x)))
+
+
 def worst_ulp(actual: torch.Tensor, exact: list[float]) -> float:
     """The largest error in ulps of the exact value."""
     info = torch.finfo(actual.dtype)
     errors = [
-        abs(value - true) / (2 ** max(math.floor(math.log2(true)), math.log2(info.smallest_normal)) * info.eps)
+        abs(value - true) / (2 ** max(math.floor(math.log2(abs(true))), math.log2(info.smallest_normal)) * info.eps)
         for value, true in zip(actual.tolist(), exact)
     ]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
+def worst_ulp_of_gates(x: torch.Tensor) -> float:
+    """The largest error of log-sigmoid, SiLU and a gate of 2.5, with gradients where these have no zero."""
+    numbers = [value for value in x.tolist() if value]
+    x = x.detach()[x != 0].requires_grad_()
+    operand = torch.full_like(x, 2.5).requires_grad_()
+    logsigmoid, gated = torch_sigmoid.logsigmoid(x), torch_sigmoid.sigmoid_gate(operand, x)
+    (of_logsigmoid,) = torch.autograd.grad(logsigmoid, x, torch.ones_like(x))
+    of_operand, of_gate = torch.autograd.grad(gated, (operand, x), torch.ones_like(x))
+    results = (
+        (torch_sigmoid.silu(x), lambda v: v * exact_sigmoid(v)),
+        (logsigmoid, exact_logsigmoid),
+        (of_logsigmoid, lambda v: exact_sigmoid(-v)),
+        (gated, lambda v: 2.5 * exact_sigmoid(v)),
+        (of_operand, exact_sigmoid),
+        (of_gate, lambda v: 2.5 * exact_derivative(v)),
+    )
+    return max(worst_ulp(actual.detach().cpu(), list(map(exact, numbers))) for actual, exact in results)
+
+
 def check(device: torch.device, dtype: torch.dtype, allowance: float) -> tuple[list[float], bool]:
-    """The largest errors of σ, of its gradient from σ and of its gradient from x, and whether all are in bounds.
+    """The largest errors of σ, of its gradient from σ and from x, and of the gates, and whether all are in bounds.
 
     The grid is one on which the true gradients are normal numbers. The gradient from σ is held against the σ it came from.
     """
@@ -54,8 +77,9 @@ def check(device: torch.device, dtype: torch.dtype, allowance: float) -> tuple[l
         worst_ulp(sigma.detach().cpu(), [exact_sigmoid(value) for value in x.tolist()]),
         worst_ulp(from_sigma[normal], slopes[normal].tolist()),
         worst_ulp(from_x, [exact_derivative(value) for value in x.tolist()]),
+        worst_ulp_of_gates(x),
     ]
-    bounds = (FORWARD_ULP[dtype], BACKWARD_ULP[dtype], BACKWARD_ULP[dtype])
+    bounds = (FORWARD_ULP[dtype], *[BACKWARD_ULP[dtype]] * 3)
     return errors, all(error <= bound + allowance for error, bound in zip(errors, bounds))
 
 
@@ -90,10 +114,10 @@ def main() -> int:
             if dtype is torch.float64 and device.type == "mps":
                 continue
             allowance = INTERPRETER_ULP if interpreted and dtype is torch.bfloat16 else 0
-            (forward, from_sigma, from_x), agrees = check(device, dtype, allowance)
+            (forward, from_sigma, from_x, of_gates), agrees = check(device, dtype, allowance)
             print(
                 f"  {dtype!s:15} off by at most {forward:.2f} ulp forward, {from_sigma:.2f} backward from the output,"
-                f" {from_x:.2f} from the input: {'agrees' if agrees else 'DISAGREES'} with float64"
+                f" {from_x:.2f} from the input, {of_gates:.2f} in the gates: {'agrees' if agrees else 'DISAGREES'} with float64"
             )
             all_agree = all_agree and agrees
     print("\n" + ("everything agrees" if all_agree else "NOT everything agrees"))

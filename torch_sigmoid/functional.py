@@ -390,6 +390,8 @@ def _promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def warmup(
     device: torch.device | str | int | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+    *,
+    include_gates: bool = False,
 ) -> None:
     """Compile the kernels and load them onto a device, so that no training step and no CUDA-graph capture has to.
 
@@ -400,6 +402,8 @@ def warmup(
     Args:
         device: by default the current accelerator, or the CPU without one.
         dtypes: any of float64, float32, float16 and bfloat16.
+        include_gates: also those of logsigmoid, silu, glu, sigmoid_gate and swiglu, for dense tensors, neither packed nor
+            broadcast.
 
     Raises:
         ValueError: a dtype that has no kernels.
@@ -414,6 +418,8 @@ def warmup(
     if ops.kernels_refusal(device) is None:
         for dtype in dtypes:
             ops.kernels.warmup(device, dtype)
+            if include_gates:
+                ops.kernels.gates.warmup(device, dtype)
 
 
 def check_save(save: str) -> None:
