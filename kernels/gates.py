@@ -482,10 +482,9 @@ _unary_launchers = {
 }
 
 
-def unary_forward(x, function, output=None):
-    """f(x), written to `output` if that is given, which may be x."""
-    if output is None:
-        output = torch.empty_like(x)
+def unary_forward(x, function):
+    """f(x)."""
+    output = torch.empty_like(x)
     _unary_launchers[function][0]((x,), (output,))
     return output
 

@@ -159,3 +159,34 @@ def test_nothing_synchronises(save):
         gradient(function, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_of(call):
+    """The names of the kernels that a second call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    return [event.name for event in events if not event.name.startswith(("Memcpy", "Memset"))]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (torch_sigmoid.silu, [(64, 4096)]),
+        (torch_sigmoid.logsigmoid, [(64, 4096)]),
+        (torch_sigmoid.glu, [(64, 4096)]),
+        (torch_sigmoid.swiglu, [(64, 4096), (64, 4096)]),
+        (torch_sigmoid.sigmoid_gate, [(4096, 64), (4096, 1)]),
+    ],
+)
+def test_a_gate_is_one_kernel_in_each_direction(function, shapes):
+    tensors = [random(shape, torch.bfloat16, "cuda", seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    output = function(*tensors)
+    grad = torch.ones_like(output)
+    (forward,) = kernels_of(lambda: function(*tensors))
+    (backward,) = kernels_of(lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True))
+    assert "forward" in forward
+    assert "backward" in backward

@@ -6,6 +6,8 @@ triton   a float tensor on a device Triton drives: our kernels, under a torch.au
 traced   under torch.compile, export, jit.trace, functionalize and nested torch.func.jvp, which see torch operators only:
          the same numerics in these, for a compiler to fuse
 torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
+
+The gates take the same three; each of their operators (gates.py) finds out for itself whether a kernel may run.
 """
 
 import math
