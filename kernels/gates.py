@@ -476,9 +476,10 @@ def broadcast_double_backward_kernel(
 
 _unary_launchers = {
     function: tuple(
-        Launcher(kernel, number) for kernel in (unary_forward_kernel, unary_backward_kernel, unary_double_backward_kernel)
+        Launcher(kernel, FUNCTIONS[function])
+        for kernel in (unary_forward_kernel, unary_backward_kernel, unary_double_backward_kernel)
     )
-    for function, number in FUNCTIONS.items()
+    for function in ("silu", "logsigmoid")
 }
 
 
@@ -527,7 +528,8 @@ def gate_backward(grad_output, a, g, gate, out):
 
 def gate_double_backward(v, w, grad_output, a, g, gate, out):
     """The gradients that reach a and g, written to `out`; returns the one that reaches `grad_output`."""
-    to_grad_output = torch.empty_like(a, dtype=grad_output.dtype)
+    # In the memory format of the others: tensors of several cannot be walked as rows and columns.
+    to_grad_output = torch.empty_like(out[0], dtype=grad_output.dtype)
     _gate_launchers(*gate)[2]((v, w, grad_output, a, g), (to_grad_output, *out))
     return to_grad_output
 

@@ -289,6 +289,7 @@ class Launcher:
             return
         arranged = self.arrange(inputs, outputs)
         if arranged is None:
+            assert self.arrange(outputs, outputs) is not None, "the outputs must amount to rows and columns"
             strides = outputs[0].stride()
             dense = (
                 tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)

@@ -403,6 +403,71 @@ def test_one_kernel_for_each_derivative(case, device, monkeypatch):
     assert (forward, backward, double) == (1, 1, 1)
 
 
+def test_operands_of_other_memory_formats_than_each_other(device):
+    gate, up = random((2, 3, 4), torch.float32, device), random((2, 4, 3), torch.float32, device, seed=1).mT
+
+    def of(function):
+        tensors = leaves([gate, up])
+        upstream = random((4, 3, 2), torch.float32, device, seed=2).permute(2, 1, 0).requires_grad_()
+        grads = torch.autograd.grad(function(*tensors), tensors, upstream, create_graph=True)
+        return *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), (upstream, *tensors))
+
+    for ours, theirs in ((ts.swiglu, lambda gate, up: F.silu(gate) * up), (ts.sigmoid_gate, gated)):
+        torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_traced_graph_holds_for_other_inputs(device):
+    inf = torch.full((1, 4), -float("inf"), device=device)
+    with torch.no_grad():
+        traced = torch.jit.trace(ts.silu, random((3, 4), torch.float32, device))
+        assert (traced(inf) == 0).all()
+    module = torch.jit.trace(ts.SiLU(), random((3, 4), torch.float32, device))
+    assert (module(inf) == 0).all()
+
+
+def test_compile_with_a_size_that_depends_on_data(device, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    torch._dynamo.reset()
+    x = random((20,), torch.float32, device)
+    for function, theirs in (
+        (ts.silu, F.silu),
+        (ts.logsigmoid, F.logsigmoid),
+        (lambda x: ts.swiglu(x, x), lambda x: F.silu(x) * x),
+    ):
+        compiled = torch.compile(lambda x: function(x[x > 0]), fullgraph=True, backend="aot_eager")  # noqa: B023
+        torch.testing.assert_close(compiled(x), theirs(x[x > 0]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_at_infinity(compiled, device):
+    torch._dynamo.reset()
+    x = torch.tensor([float("inf"), -float("inf"), 2.0], device=device)
+    for function in (ts.silu, lambda x: ts.swiglu(x, torch.ones_like(x))):
+        called = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+        _, grad = value_and_gradients(called, [x])
+        torch.testing.assert_close(grad, torch.tensor([1.0, 0.0, exact("silu", 1, x[2:]).item()], device=device))
+
+
+def test_the_gradient_of_a_gate_far_open(device):
+    gate = torch.tensor([70.0, 90.0, 100.0], device=device)
+    operand = torch.full_like(gate, 1e12)
+    _, _, to_gate = value_and_gradients(ts.sigmoid_gate, [operand, gate])
+    torch.testing.assert_close(to_gate.double(), 1e12 * exact("sigmoid", 1, gate), rtol=1e-5, atol=0)
+
+
+def test_silu_in_place_under_transforms(device):
+    x = random((3, 4), torch.float64, device)
+    (expected,) = value_and_gradients(F.silu, [x])[1:]
+
+    def in_place(row):
+        return ts.silu(row * 1, inplace=True)
+
+    actual = torch.func.grad(lambda x: torch.func.vmap(in_place)(x).sum())(x)
+    torch.testing.assert_close(actual, expected)
+    through_jvp = torch.func.grad(lambda x: torch.func.jvp(in_place, (x,), (torch.ones_like(x),))[1].sum())(x)
+    assert through_jvp.isfinite().all()
+
+
 def test_silu_in_place(device):
     x = random((33,), torch.float32, device)
     expected = ts.silu(x)

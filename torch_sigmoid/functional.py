@@ -241,7 +241,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if needs_grad and input.is_leaf:
         raise RuntimeError("silu(): input is a leaf tensor that requires grad, so it cannot be written over; got inplace=True")
-    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad else input))
+    # Under a transform another level may want a gradient that this one does not know of.
+    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or gates.differentiable_again() else input))
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -287,7 +288,7 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     Args:
         input: a tensor of any shape and float dtype.
         gate: a tensor whose shape broadcasts to input's. Both are saved for backward, as they are, and nothing else.
-            Another dtype than input's promotes, as in torch.
+            Another dtype than input's promotes, as in torch; then what is promoted is saved.
 
     Returns:
         A tensor of input's shape.

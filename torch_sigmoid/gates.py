@@ -44,20 +44,19 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
     tail = e * scale
     if function == "logsigmoid":
         return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
-    one_plus = 1 + tail
+    one_plus, near = 1 + tail, x.clamp(-FAR, FAR)
+    if function == "silu" and order == 0:
+        # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
+        return v * torch.where(below, near * e / one_plus * scale, x - near * tail / one_plus)
     if order == 0:
-        above_factor = x if function == "silu" else torch.ones_like(x)
-        below_factor = x.clamp(min=-FAR) * e if function == "silu" else e
-        factor, scale = torch.where(below, below_factor, above_factor), torch.where(below, scale, 1.0)
+        factor, scale = torch.where(below, e, 1.0), torch.where(below, scale, 1.0)
     elif function == "sigmoid":
         factor = e if order == 1 else torch.where(below, e, -e) * (1 - tail)
+    elif order == 1:
+        factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
+        scale = torch.where(below, scale, 1.0)
     else:
-        near = x.clamp(-FAR, FAR)
-        if order == 1:
-            factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
-            scale = torch.where(below, scale, 1.0)
-        else:
-            factor = e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
+        factor = e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
     return v * factor / one_plus ** (order + 1) * scale
 
 
@@ -65,9 +64,9 @@ def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int) -> Te
     """`weighted` for values alone: where no x is far out, by torch's fused operators, at a fraction of the cost on a CPU."""
     if function == "logsigmoid" and order:
         return _weighted_now(v, -x, "sigmoid", 0) if order == 1 else -_weighted_now(v, x, "sigmoid", 1)
-    near = order < 2 and x.numel() and not _differentiable_again() and x.device.type == "cpu" and ops.computes_eagerly(x)
-    # A NaN among x says nothing of the others.
-    if not near or not x.amin() >= SHIFTED_FROM:
+    now = order < 2 and x.device.type == "cpu" and not differentiable_again() and ops.computes_eagerly(x) and x.numel()
+    # σ' is lost at both ends. A NaN among x says nothing of the others.
+    if not now or not (-x.abs() if function == "sigmoid" and order else x).amin() >= SHIFTED_FROM:
         return weighted(v, x, function, order)
     if order == 0:
         return v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
@@ -298,7 +297,7 @@ class OperatorBackwardFunction(Function):
             return (None,) * len(ctx.needs_input_grad)
         grad_output, *tensors = ctx.saved_tensors
         operator = ctx.operator
-        derive = operator.double_backward_formula if _differentiable_again() else operator.double_backward
+        derive = operator.double_backward_formula if differentiable_again() else operator.double_backward
         return None, *derive(_filled(grads, tensors), grad_output, *tensors)
 
     @staticmethod
@@ -317,13 +316,14 @@ class OperatorBackwardFunction(Function):
         return results, (0,) * len(results)
 
 
-def _differentiable_again() -> bool:
+def differentiable_again() -> bool:
+    """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def operator_backward(operator, grad_output, *tensors):
     """The gradients of the tensors, differentiable where that is asked for."""
-    if not _differentiable_again():
+    if not differentiable_again():
         return operator.backward(grad_output, *tensors)
     if any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_output, *tensors))):
         # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.

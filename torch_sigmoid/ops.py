@@ -157,7 +157,7 @@ def sigmoid_for_tracing(input: Tensor) -> Tensor:
 
 def computes_eagerly(*tensors: Tensor) -> bool:
     """Whether operators on these tensors compute now and are seen by nobody, so that temporaries may be overwritten."""
-    return not (_is_compiling() or modes_listen()) and all(map(has_plain_storage, tensors))
+    return not (_is_compiling() or _is_tracing() or modes_listen()) and all(map(has_plain_storage, tensors))
 
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
