@@ -425,8 +425,8 @@ def test_a_traced_graph_holds_for_other_inputs(device):
     assert (module(inf) == 0).all()
 
 
-def test_compile_with_a_size_that_depends_on_data(device, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compile_with_a_size_that_depends_on_data(device):
     torch._dynamo.reset()
     x = random((20,), torch.float32, device)
     for function, theirs in (
