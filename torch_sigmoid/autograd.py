@@ -20,7 +20,7 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _batch_first(info, in_dims, *tensors):
+def batch_first(info, in_dims, *tensors):
     """Each tensor with its batch dimension first, expanded (not copied) where it has none."""
     return tuple(
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -87,7 +87,7 @@ class SigmoidBackwardFunction(Function):
             return None, None, None
         grad_output, saved = ctx.saved_tensors
         needs_grad_output, needs_saved, _ = ctx.needs_input_grad
-        if needs_grad_output and needs_saved and not _differentiable_again():
+        if needs_grad_output and needs_saved and not differentiable_again():
             return *ops.sigmoid_double_backward(grad_grad_input, grad_output, saved, ctx.save), None
         return (
             sigmoid_backward(grad_grad_input, saved, ctx.save) if needs_grad_output else None,
@@ -107,7 +107,7 @@ class SigmoidBackwardFunction(Function):
 
     @staticmethod
     def vmap(info, in_dims, grad_output, saved, save):
-        return SigmoidBackwardFunction.apply(*_batch_first(info, in_dims, grad_output, saved), save), 0
+        return SigmoidBackwardFunction.apply(*batch_first(info, in_dims, grad_output, saved), save), 0
 
 
 class SigmoidInplaceFunction(Function):
@@ -175,7 +175,7 @@ def sigmoid(input: Tensor, save: str) -> Tensor:
     return ops.sigmoid_forward(input)
 
 
-def _differentiable_again() -> bool:
+def differentiable_again() -> bool:
     """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
     return _is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_active()
 

@@ -93,12 +93,17 @@ def _path(input: Tensor, save: str) -> Path:
     return _TRITON if refusal is None else _torch_path(refusal)
 
 
+def _is_ours(tensor: Tensor) -> bool:
+    """Whether the formulas here cover it; the rest is torch's own."""
+    return tensor.dtype in ops.FLOAT_DTYPES and tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _torch_gradient_suffices(input: Tensor, save: str) -> bool:
     """Whether torch's own sigmoid has the gradient that `save` promises.
 
     It saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
     """
-    if input.dtype not in ops.FLOAT_DTYPES or input.layout is not torch.strided or input.is_nested:
+    if not _is_ours(input):
         return True
     if save == "input":
         return False
@@ -189,10 +194,6 @@ _SILU, _LOGSIGMOID = gates.Unary("silu"), gates.Unary("logsigmoid")
 _SIGMOID_GATE = gates.Gated("sigmoid")
 
 
-def _is_ours(tensor: Tensor) -> bool:
-    return tensor.dtype in ops.FLOAT_DTYPES and tensor.layout is torch.strided and not tensor.is_nested
-
-
 def _check_tensors(caller: str, **tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -242,7 +243,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     if needs_grad and input.is_leaf:
         raise RuntimeError("silu(): input is a leaf tensor that requires grad, so it cannot be written over; got inplace=True")
     # Under a transform another level may want a gradient that this one does not know of.
-    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or gates.differentiable_again() else input))
+    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or autograd.differentiable_again() else input))
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -328,8 +329,8 @@ def swiglu(
         alpha: scales the gate inside of σ; positive and finite. 1 if only `limit` is given.
         limit: not negative; none if only `alpha` is given.
 
-    Saved for backward: the tensors as they are, and nothing else. Halves are read in place, and their gradient is written into
-    one tensor.
+    Saved for backward: the tensors as they are, or as promoted, and nothing else. Halves are read in place, and their gradient
+    is written into one tensor.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -19,7 +19,8 @@ from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 
 from . import ops
-from .ops import kernels
+from .autograd import batch_first, differentiable_again
+from .ops import kernels, upcast
 
 # As in kernels/maths.py: an infinite x would make 0·∞ of a limit, and in fp32 e^-|x| is subnormal where x·e^-|x| is not.
 FAR = 1000.0
@@ -75,10 +76,6 @@ def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int) -> Te
     return v * torch.sigmoid(-x).mul_(x).add_(1).mul_(torch.sigmoid(x))
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.float() if tensor.dtype.itemsize == 2 else tensor for tensor in tensors)
-
-
 @dataclass(frozen=True)
 class Unary:
     """y = f(x) for `function` "silu" or "logsigmoid"."""
@@ -105,15 +102,15 @@ class Unary:
         return self.double_backward_formula(grads, grad_output, x)
 
     def formula(self, x):
-        (wide,) = _wide(x)
+        (wide,) = upcast(x)
         return _weighted_now(1.0, wide, self.function, 0).to(x.dtype)
 
     def backward_formula(self, grad_output, x):
-        grad, wide = _wide(grad_output, x)
+        grad, wide = upcast(grad_output, x)
         return (_weighted_now(grad, wide, self.function, 1).to(grad_output.dtype),)
 
     def double_backward_formula(self, grads, grad_output, x):
-        v, grad, wide = _wide(*grads, grad_output, x)
+        v, grad, wide = upcast(*grads, grad_output, x)
         to_grad_output = weighted(v, wide, self.function, 1)
         return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2).to(x.dtype)
 
@@ -206,7 +203,7 @@ class Gated:
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
     def formula(self, *tensors):
-        a, g = _wide(*self.parts(tensors))
+        a, g = upcast(*self.parts(tensors))
         return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
 
     def _reduced(self, to_a, to_g, tensors):
@@ -216,12 +213,12 @@ class Gated:
         return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
 
     def backward_formula(self, grad_output, *tensors):
-        grad, a, g = _wide(grad_output, *self.parts(tensors))
+        grad, a, g = upcast(grad_output, *self.parts(tensors))
         to_a = self._past_clamp(self._weighted(grad, g, 0), a)
         return self._reduced(to_a, self._weighted(grad * self._operand(a), g, 1), tensors)
 
     def double_backward_formula(self, grads, grad_output, *tensors):
-        v, w, grad, a, g = _wide(*self.parts(grads), grad_output, *self.parts(tensors))
+        v, w, grad, a, g = upcast(*self.parts(grads), grad_output, *self.parts(tensors))
         operand, v = self._operand(a), self._past_clamp(v, a)
         to_grad_output = self._weighted(v, g, 0) + self._weighted(w * operand, g, 1)
         to_a = self._past_clamp(self._weighted(w * grad, g, 1), a)
@@ -229,7 +226,7 @@ class Gated:
         return to_grad_output.to(grad_output.dtype), *self._reduced(to_a, to_g, tensors)
 
     def jvp_formula(self, tangents, *tensors):
-        v, w, a, g = _wide(*self.parts(tangents), *self.parts(tensors))
+        v, w, a, g = upcast(*self.parts(tangents), *self.parts(tensors))
         result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
         return result.to(tensors[0].dtype)
 
@@ -237,14 +234,6 @@ class Gated:
 def _filled(grads, tensors):
     """Gradients or tangents, with zeros for those that nothing reaches."""
     return tuple(tensor.new_zeros(()).expand(tensor.shape) if grad is None else grad for grad, tensor in zip(grads, tensors))
-
-
-def _batch_first(info, in_dims, *tensors):
-    """Each tensor with its batch dimension first, expanded (not copied) where it has none."""
-    return tuple(
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims)
-    )
 
 
 class OperatorFunction(Function):
@@ -274,7 +263,7 @@ class OperatorFunction(Function):
 
     @staticmethod
     def vmap(info, in_dims, operator, *tensors):
-        return OperatorFunction.apply(operator.batched(), *_batch_first(info, in_dims[1:], *tensors)), 0
+        return OperatorFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors)), 0
 
 
 class OperatorBackwardFunction(Function):
@@ -312,13 +301,8 @@ class OperatorBackwardFunction(Function):
 
     @staticmethod
     def vmap(info, in_dims, operator, *tensors):
-        results = OperatorBackwardFunction.apply(operator.batched(), *_batch_first(info, in_dims[1:], *tensors))
+        results = OperatorBackwardFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors))
         return results, (0,) * len(results)
-
-
-def differentiable_again() -> bool:
-    """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def operator_backward(operator, grad_output, *tensors):

@@ -126,7 +126,7 @@ def only_torch_operators_are_seen() -> bool:
     return _transforms_active() and (_Transform.Functionalize in _transform_levels() or forward_mode_is_nested())
 
 
-def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.float() if tensor.dtype.itemsize == 2 else tensor for tensor in tensors)
 
 
@@ -148,7 +148,7 @@ def sigmoid_for_tracing(input: Tensor) -> Tensor:
     The value is torch.sigmoid's. The gradient is that of σ(x) for x < 0 and of -σ(-x) for x ≥ 0, which differ from σ by a
     constant and never round to 1.
     """
-    (wide,) = _upcast(input)
+    (wide,) = upcast(input)
     smaller = _smaller_sigmoid(wide)
     gradient_only = smaller - smaller.detach()
     value = torch.sigmoid(wide).detach()
@@ -173,7 +173,7 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
 
 def sigmoid_backward_formula(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
     """grad_output·σ' in torch operators, differentiable: from the output grad·(1-σ)·σ, from the input with σ(-|x|) for σ."""
-    wide_grad, wide = _upcast(grad_output, saved)
+    wide_grad, wide = upcast(grad_output, saved)
     sigma = wide if save == "output" else _smaller_sigmoid(wide)
     return aten_sigmoid_backward(wide_grad, sigma).to(grad_output.dtype)
 
@@ -193,7 +193,7 @@ def curvature_formula(grad_grad_input: Tensor, grad_output: Tensor, saved: Tenso
 
     `backward` is the sigmoid_backward to use; given a differentiable one, the result is differentiable.
     """
-    outer, grad, wide = _upcast(grad_grad_input, grad_output, saved)
+    outer, grad, wide = upcast(grad_grad_input, grad_output, saved)
     if save == "output":
         result = outer * grad * (1 - 2 * wide)
     else:
