@@ -14,11 +14,14 @@ from . import record
 PARTS = {
     "accuracy": ["benchmarks.accuracy"],
     "code": ["benchmarks.code"],
+    "counts": ["benchmarks.counts"],
     "host": ["benchmarks.host"],
     "memory": ["benchmarks.memory"],
     "watch": ["benchmarks.watch"],
     "speed on the CPU": ["benchmarks.speed", "--device", "cpu"],
     "speed on the GPU": ["benchmarks.speed", "--device", "cuda"],
+    "the gates' speed on the CPU": ["benchmarks.speed", "--device", "cpu", "--operators", "gates"],
+    "the gates' speed on the GPU": ["benchmarks.speed", "--device", "cuda", "--operators", "gates"],
 }
 
 

@@ -15,9 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from . import record, vanishing
+from .operators import operators
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
+# Of the gates' times, those that the README shows.
+SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24),)
+NOT_MEASURED = "not measured yet"
 
 
 def save(figure, path):
@@ -191,6 +195,51 @@ def watch_table(watch, folder):
     return f"{markdown(('watch', 'µs a step', 'overhead'), rows)}\n\n{about}: {source(folder, 'watch', watch)}"
 
 
+def ratios(gates, operator, shown):
+    """Our time over torch's, forward and backward, at each of the dtypes and sizes shown."""
+    rows = {
+        (row["dtype"], row["n"]): row["time / torch"]
+        for row in gates["rows"]
+        if (row["operator"], row["provider"], row["mode"]) == (operator, "ours", "both")
+    }
+    return " / ".join(f"{rows[key]:.2f}" if key in rows else NOT_MEASURED for key in shown)
+
+
+def operators_table(cpu, gpus):
+    """What each operator launches and keeps, and its time over torch's on the CPU and on every GPU."""
+    counts = record.read(cpu, "counts")
+    timed = {folder: gates for folder in (cpu, *gpus) if (gates := record.read(folder, "gates"))}
+    measured = [folder for folder in gpus if folder in timed]
+    by = {(row["operator"], row["provider"]): row for row in counts["rows"]}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in by):
+        both = by[name, "torch"], by[name, "ours"]
+        kernels = [" / ".join(str(row[order]) for order in ("forward", "backward", "double backward")) for row in both]
+        lines.append(
+            [
+                f"`{name}`",
+                operators()[name].written,
+                " → ".join(kernels),
+                " → ".join(f"{row['saved']:g}" for row in both),
+                ratios(timed[cpu], name, SHOWN_ON_CPU) if cpu in timed else NOT_MEASURED,
+                *(ratios(timed[folder], name, SHOWN_ON_GPU) for folder in measured),
+                *([] if measured else [NOT_MEASURED]),
+            ]
+        )
+    columns = [
+        "operator",
+        "formula",
+        "kernels forward / backward / double backward, torch → ours",
+        "saved, in tensors of the output's size, torch → ours",
+        "CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements",
+    ]
+    columns += [f"{timed[folder]['environment']['device']}, time ÷ torch's, bf16, 2²⁴ elements" for folder in measured]
+    columns += [] if measured else ["GPU, time ÷ torch's"]
+    about = [f"Kernels and memory counted on {source(cpu, 'counts', counts)}"]
+    about += [f"Timed on {source(folder, 'gates', gates)}" for folder, gates in timed.items()]
+    return f"{markdown(columns, lines)}\n\n" + "\n".join(about)
+
+
 def gpu_table(folders):
     """The speed on each GPU that has been measured."""
     tables = []
@@ -242,7 +291,10 @@ def main() -> int:
         folder = record.RESULTS / ("code" if name == "code" else "cpu")
         if results := record.read(folder, name):
             update_readme(name, table(results, folder))
-    update_readme("gpu", gpu_table([folder for folder in folders if folder.name not in ("cpu", "code")]))
+    gpus = [folder for folder in folders if folder.name not in ("cpu", "code")]
+    update_readme("gpu", gpu_table(gpus))
+    if (record.RESULTS / "cpu" / "counts.json").exists():
+        update_readme("operators", operators_table(record.RESULTS / "cpu", gpus))
     print("updated the tables of README.md")
     return 0
 

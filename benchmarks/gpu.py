@@ -6,6 +6,7 @@
     layouts     those of its tests that compile most: layouts, strides, tracing
     exhaustive  forward and gradient of every fp16, bf16 and fp32 input (N1)
     speed       time over size, dtype and layout
+    gates       the same of the gates, over fewer sizes
     host        cost of a call and of a layer, eager and under CUDA graphs
     memory      saved and peak bytes
     watch       what a GradientWatch costs a training step
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from . import record
+from . import record, speed
 
 SECTION_SECONDS = 480
 
@@ -41,11 +42,13 @@ def pytest_command(*arguments):
 
 def commands(out: Path) -> dict[str, list[str]]:
     out_option = ["--out", str(out)]
+    timed = ["-m", "benchmarks.speed", "--seconds", str(SECTION_SECONDS - 60)]
     return {
         "tests": pytest_command("tests", *(f"--ignore={path}" for path in COMPILING_TESTS)),
         "layouts": pytest_command(*COMPILING_TESTS),
         "exhaustive": ["-m", "benchmarks.accuracy", *out_option],
-        "speed": ["-m", "benchmarks.speed", "--seconds", str(SECTION_SECONDS - 60), *out_option],
+        "speed": [*timed, "--operators", "sigmoid", *out_option],
+        "gates": [*timed, "--operators", "gates", *out_option],
         "host": ["-m", "benchmarks.host", *out_option],
         "memory": ["-m", "benchmarks.memory", *out_option],
         "watch": ["-m", "benchmarks.watch", *out_option],
@@ -98,15 +101,15 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
                 f"largest errors {row['ulp of ours']} ulp forward (torch {row['ulp of torch']}), "
                 f"{row['ulp of the gradient']} ulp gradient from the input"
             )
-    if results := record.read(folder, "speed"):
-        lines += ["", "time / torch, and GB/s as a fraction of a copy's:"]
-        for row in results["rows"]:
-            if row["provider"].startswith("ours"):
-                of_a_copy = f", {row['of a copy']:.2f} of a copy" if "of a copy" in row else ""
-                lines.append(
-                    f"- {row['provider']}, {row['mode']}, {row['dtype']}, {row['layout']}, {row['n']}: "
-                    f"{row['time / torch']:.2f}{of_a_copy}"
-                )
+    for name in speed.FILES.values():
+        if results := record.read(folder, name):
+            lines += ["", "time / torch, and GB/s as a fraction of a copy's:"]
+            lines += [
+                f"- {row['operator']}, {row['provider']}, {row['mode']}, {row['dtype']}, {row['layout']}, {row['n']}: "
+                f"{row['time / torch']:.2f}" + (f", {row['of a copy']:.2f} of a copy" if "of a copy" in row else "")
+                for row in results["rows"]
+                if row["provider"] != "torch"
+            ]
     if results := record.read(folder, "host"):
         lines += ["", "host, 1024 elements, µs (÷ torch):"]
         for row in results["rows"]:

@@ -1,7 +1,7 @@
-"""What an operator keeps for backward, and on a GPU what it needs at its peak, in bytes per element.
+"""What an operator keeps for backward, and on a GPU what it needs at its peak, in bytes per element of its output.
 
 saved           storage that autograd keeps, each once: measured with saved-tensor hooks, on any device
-peak forward    allocated above the input once forward has returned, at the highest
+peak forward    allocated above the operands once forward has returned, at the highest
 peak both       the same until backward has returned, the upstream gradient not counted
 """
 
@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from . import record
-from .operators import operators
-from .speed import Case, check
+from .operators import differentiable, operators
+from .speed import Case, build, checked
 
 ELEMENTS = 1 << 24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def saved_bytes(function, x):
-    """Bytes of the distinct storages that the graph of function(x) keeps."""
+def saved_bytes(function, *leaves):
+    """Bytes of the distinct storages that the graph of function(*leaves) keeps."""
     storages = {}
 
     def pack(tensor):
@@ -29,19 +29,19 @@ def saved_bytes(function, x):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function(x)
+        y = function(*leaves)
     del y
     return sum(storages.values())
 
 
-def peaks(function, x, grad):
+def peaks(function, leaves, grad):
     """Bytes above what was there before, at the peak of forward and of forward and backward."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = function(x)
+    y = function(*leaves)
     forward = torch.cuda.max_memory_allocated() - before
-    torch.autograd.grad(y, x, grad)
+    torch.autograd.grad(y, differentiable(leaves), grad)
     return forward, torch.cuda.max_memory_allocated() - before
 
 
@@ -51,17 +51,15 @@ def measure(device):
     work = [(name, operator, dtype) for name, operator in operators().items() for dtype in DTYPES]
     for name, operator, dtype in record.progress(work, "memory"):
         torch._dynamo.reset()
-        for label, provider in operator.providers.items():
-            if device.type not in provider.devices:
-                continue
-            check(f"{name} by {label}", operator, provider, Case(dtype, "dense", 1 << 12), device)
-            x = torch.randn(elements, dtype=dtype, device=device, requires_grad=True)
-            grad = torch.ones((), dtype=dtype, device=device).expand(elements)
-            torch.autograd.grad(provider.function(x), x, grad)
+        for label, provider in checked(name, operator, Case(dtype, "dense", 1 << 12), device).items():
+            operands, grad = build(operator, Case(dtype, "expanded gradient", elements), device)
+            leaves = operator.leaves(operands)
+            torch.autograd.grad(provider.function(*leaves), differentiable(leaves), grad)
             row = {"operator": name, "provider": label, "dtype": record.short(dtype), "n": elements}
-            row["saved"] = saved_bytes(provider.function, x) / elements
+            row["saved"] = saved_bytes(provider.function, *leaves) / elements
             if device.type == "cuda":
-                row["peak forward"], row["peak both"] = (peak / elements for peak in peaks(provider.function, x, grad))
+                peak = peaks(provider.function, leaves, grad)
+                row["peak forward"], row["peak both"] = (value / elements for value in peak)
             rows.append(row)
     return rows
 

@@ -1,40 +1,62 @@
 """What is measured: one row an operator, and the providers it is measured against.
 
-An operator is a function of one tensor here; `exact` is its value and derivative in float64, which every provider must meet
-before it is timed. `forward_tensors` and `backward_tensors` count the reads and writes of one element that no implementation
-can avoid.
+`formula` is the operator in torch operators. Run in float64, with autograd for its gradients, it is the truth that every
+provider must meet before it is timed; the provider called "torch", over whose time all others' are given, is the same in the
+dtype at hand. Another package's operator takes part where that is installed and works.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import torch_sigmoid
 from torch_sigmoid import kernels
 
-# Of the largest relative error that lets a provider be timed: a few roundings of the dtype, and torch's own lost tails.
+# The largest relative error that lets a provider be timed: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+# Of GPT-OSS.
+ALPHA, LIMIT = 1.702, 7.0
 
 
 class Provider(NamedTuple):
-    function: Callable[[Tensor], Tensor]
+    """`foreign`: of another package, so it is left out where it fails; its backward may overwrite its operands."""
+
+    function: Callable[..., Tensor]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    foreign: bool = False
 
 
 class Operator(NamedTuple):
-    exact: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """A row of the suite; its `family` decides on sizes, and on the file its times are written to.
+
+    `written` is the formula for a reader. `operands(make, rows, columns)` gives the operands for rows·columns elements of the
+    output (of the input, for a loss), each random one by `make(*shape)`; those among `constants` get no gradient.
+    """
+
+    family: str
+    written: str
+    formula: Callable[..., Tensor]
+    operands: Callable[[Callable[..., Tensor], int, int], tuple[Tensor, ...]]
     providers: dict[str, Provider]
-    baseline: str
-    forward_tensors: int
-    backward_tensors: int
+    columns: int = 1
+    constants: tuple[int, ...] = ()
+
+    def build(self, make: Callable[..., Tensor], n: int) -> tuple[Tensor, ...]:
+        columns = min(n, self.columns)
+        return self.operands(make, n // columns, columns)
+
+    def leaves(self, operands) -> tuple[Tensor, ...]:
+        """The operands as leaves of a graph, on the same memory."""
+        return tuple(operand.detach().requires_grad_(index not in self.constants) for index, operand in enumerate(operands))
 
 
-def exact_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.double()
-    return torch.sigmoid(x), torch.sigmoid(x) * torch.sigmoid(-x)
+def differentiable(leaves) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf.requires_grad]
 
 
 def _naive():
@@ -63,10 +85,14 @@ def _naive():
     return NaiveSigmoid.apply
 
 
-def providers() -> dict[str, Provider]:
+def compiled(formula) -> Provider:
+    return Provider(torch.compile(formula, dynamic=False), ("cuda",))
+
+
+def sigmoid_providers() -> dict[str, Provider]:
     table = {
         "torch": Provider(torch.nn.Sigmoid()),
-        "torch.compile": Provider(torch.compile(torch.sigmoid, dynamic=False), ("cuda",)),
+        "torch.compile": compiled(torch.sigmoid),
         "ours, output": Provider(torch_sigmoid.Sigmoid()),
         "ours, input": Provider(torch_sigmoid.Sigmoid(save="input")),
     }
@@ -75,6 +101,93 @@ def providers() -> dict[str, Provider]:
     return table
 
 
+def _of_package(path: str) -> Callable[..., Tensor] | None:
+    """The function at this path of a package; None where it is missing, or fails while it is imported, however it does."""
+    if not torch.cuda.is_available():
+        return None
+    module, _, name = path.partition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except Exception:
+        return None
+
+
+def gate(written, formula, ours, operands, columns=4096, **packages) -> Operator:
+    """`packages`: the names of packages that have the operator, and where."""
+    foreign = {name: function for name, path in packages.items() if (function := _of_package(path))}
+    providers = {"torch": Provider(formula), "torch.compile": compiled(formula), "ours": Provider(ours)}
+    providers |= {name: Provider(function, ("cuda",), foreign=True) for name, function in foreign.items()}
+    return Operator("gates", written, formula, operands, providers, columns)
+
+
+def gated(x, gate):
+    return x * torch.sigmoid(gate)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def clamped_swiglu(gate, up):
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return gate * torch.sigmoid(ALPHA * gate) * (up + 1)
+
+
+def one(make, rows, columns):
+    return (make(rows, columns),)
+
+
+def two(make, rows, columns):
+    return make(rows, columns), make(rows, columns)
+
+
+def packed(make, rows, columns):
+    return (make(rows, 2 * columns),)
+
+
+def one_gate_a_row(make, rows, columns):
+    return make(rows, columns), make(rows, 1)
+
+
+def two_beyond_the_limit(make, rows, columns):
+    """So wide that one in fifty is clamped."""
+    return 3 * make(rows, columns), 3 * make(rows, columns)
+
+
 @functools.cache
 def operators() -> dict[str, Operator]:
-    return {"sigmoid": Operator(exact_sigmoid, providers(), "torch", forward_tensors=2, backward_tensors=3)}
+    activations = "fla.modules.activations"
+    return {
+        "sigmoid": Operator("sigmoid", "1 / (1 + e⁻ˣ)", torch.sigmoid, lambda make, n, _: (make(n),), sigmoid_providers()),
+        "logsigmoid": gate(
+            "min(x, 0) - log(1 + e), e = e^-abs(x)",
+            F.logsigmoid,
+            torch_sigmoid.logsigmoid,
+            one,
+            fla=f"{activations}:logsigmoid",
+        ),
+        "silu": gate("x·σ(x)", F.silu, torch_sigmoid.silu, one, fla=f"{activations}:swish"),
+        "glu": gate("a·σ(b)", F.glu, torch_sigmoid.glu, packed),
+        "sigmoid_gate": gate("x·σ(g)", gated, torch_sigmoid.sigmoid_gate, two),
+        "sigmoid_gate, broadcast": gate("x·σ(g), one g a row", gated, torch_sigmoid.sigmoid_gate, one_gate_a_row, columns=256),
+        "swiglu": gate(
+            "silu(g)·u",
+            swiglu,
+            torch_sigmoid.swiglu,
+            two,
+            Liger="liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply",
+            fla=f"{activations}:swiglu",
+        ),
+        "swiglu, packed": gate("silu(a)·b", lambda packed: swiglu(*packed.chunk(2, -1)), torch_sigmoid.swiglu, packed),
+        "swiglu, clamped": gate(
+            "g·σ(αg)·(u + 1), g ≤ limit, -limit ≤ u ≤ limit",
+            clamped_swiglu,
+            functools.partial(torch_sigmoid.swiglu, alpha=ALPHA, limit=LIMIT),
+            two_beyond_the_limit,
+        ),
+    }
+
+
+def chosen(names) -> dict[str, Operator]:
+    """The operators of these names and families."""
+    return {name: operator for name, operator in operators().items() if name in names or operator.family in names}

@@ -1,16 +1,16 @@
-"""Time over size, dtype and layout, beside torch eager, torch.compile and a naive Triton Function.
+"""Time over size, dtype and layout, beside torch eager, torch.compile and what other packages and a naive Function do.
 
-On a GPU: forward, backward and both, over 2¹⁰ to 2²⁸ elements, odd sizes, pointers off their alignment, channels_last, rows of
-a slice and expanded upstream gradients; GB/s from the traffic that no implementation can avoid, and the fraction of what a copy
-reaches in the same run. On a CPU: forward and both, fp32, against torch.nn.Sigmoid.
+On a GPU: forward, backward and both; sigmoid over 2¹⁰ to 2²⁸ elements, odd sizes, pointers off their alignment, channels_last,
+rows of a slice and expanded upstream gradients, the gates over fewer sizes; GB/s from the traffic that no implementation can
+avoid, and the fraction of what a copy reaches in the same run. On a CPU: forward and both, fp32, against torch.
 
 Providers take turns within a round, in an order that changes from round to round, on buffers that together exceed the L2 cache.
 A sample is a batch of calls between two events (two clock readings on a CPU); medians and 20/80 % quantiles over the rounds.
+Another package's provider has operands of its own: Liger-Kernel's backward overwrites them, and is timed on what that leaves.
 """
 
 import argparse
 import collections
-import itertools
 import math
 import sys
 import time
@@ -20,18 +20,16 @@ from typing import NamedTuple
 import torch
 
 from . import record
-from .operators import TOLERANCE, operators
+from .operators import TOLERANCE, chosen, differentiable, operators
 
 MODES = ("forward", "backward", "both")
+# The results of each family of operators, and the file they are written to.
+FILES = {"sigmoid": "speed", "gates": "gates"}
 LAYOUT_SIZE = 1 << 24
-SIZES = {"cuda": tuple(1 << k for k in range(10, 29, 2)), "cpu": tuple(1 << k for k in range(10, 25, 2))}
-DTYPES = {"cuda": (torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32,)}
 ROUNDS = {"cuda": 20, "cpu": 60}
 # One thread: with several, another process on a core costs a whole time slice at the end of every operator.
 CPU_THREADS = 1
 BATCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-3}
-# torch.compile takes seconds for each shape, so it is measured at these sizes and in every layout.
-COMPILED_SIZES = (1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
 MAX_BUFFERS = 64
 CHECKED_ELEMENTS = 1 << 20
 
@@ -42,99 +40,160 @@ class Case(NamedTuple):
     n: int
 
 
-def dense(n, dtype, device):
-    return torch.randn(n, dtype=dtype, device=device), torch.randn(n, dtype=dtype, device=device)
+def dense(shape, dtype, device):
+    return torch.randn(shape, dtype=dtype, device=device)
 
 
-def odd(n, dtype, device):
-    return dense(n + 7, dtype, device)
+def off_alignment(shape, dtype, device):
+    return torch.randn(math.prod(shape) + 1, dtype=dtype, device=device)[1:].view(shape)
 
 
-def off_alignment(n, dtype, device):
-    return tuple(tensor[1:] for tensor in dense(n + 1, dtype, device))
+def channels_last(shape, dtype, device):
+    """Images, of about as many elements where the shape is not one of images."""
+    shape = shape if len(shape) == 4 else (max(1, math.prod(shape) >> 18), 64, 64, 64)
+    return torch.randn(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
 
 
-def channels_last(n, dtype, device):
-    shape = (max(1, n // (64 * 64 * 64)), 64, 64, 64)
-    return tuple(torch.randn(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+def rows_of_a_slice(shape, dtype, device):
+    """Rows that do not touch, of about as many elements where the shape has none."""
+    rows, columns = shape if len(shape) == 2 else (math.prod(shape) // 1000, 1000)
+    return torch.randn(rows, columns + 24, dtype=dtype, device=device)[:, :columns]
 
 
-def rows_of_a_slice(n, dtype, device):
-    return tuple(torch.randn(n // 1000, 1024, dtype=dtype, device=device)[:, :1000] for _ in range(2))
-
-
-def expanded_gradient(n, dtype, device):
-    """Of `.sum().backward()`: one number, so a tensor less to read."""
-    return torch.randn(n, dtype=dtype, device=device), torch.randn((), dtype=dtype, device=device).expand(n)
-
-
+# An expanded gradient is that of `.sum().backward()`: one number, so a tensor less to read.
 LAYOUTS = {
-    function.__name__.replace("_", " "): function
-    for function in (dense, odd, off_alignment, channels_last, rows_of_a_slice, expanded_gradient)
+    "dense": dense,
+    "odd": dense,
+    "off alignment": off_alignment,
+    "channels last": channels_last,
+    "rows of a slice": rows_of_a_slice,
+    "expanded gradient": dense,
 }
 
 
-def cases(device_type):
-    """Every dtype over all sizes, then in every other layout at one size."""
-    for dtype in DTYPES[device_type]:
-        yield from (Case(dtype, "dense", n) for n in SIZES[device_type])
-        if device_type != "cpu":
-            yield from (Case(dtype, layout, LAYOUT_SIZE) for layout in LAYOUTS if layout != "dense")
+class Plan(NamedTuple):
+    """Every dtype over all sizes, then in every other layout at one size.
+
+    torch.compile takes seconds for each shape, so it is measured at some of the sizes, and in every other layout.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]
+    compiled_sizes: tuple[int, ...] = ()
+    other_layouts: bool = False
+
+    def cases(self):
+        for dtype in self.dtypes:
+            yield from (Case(dtype, "dense", n) for n in self.sizes)
+            if self.other_layouts:
+                yield from (Case(dtype, layout, LAYOUT_SIZE + 7 * (layout == "odd")) for layout in LAYOUTS if layout != "dense")
 
 
-def gradient(function, x, grad):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return y.detach(), torch.autograd.grad(y, x, grad)[0]
+def powers_of_two(*exponents):
+    return tuple(1 << exponent for exponent in exponents)
+
+
+PLANS = {
+    ("sigmoid", "cuda"): Plan(
+        (torch.float32, torch.bfloat16, torch.float16),
+        powers_of_two(*range(10, 29, 2)),
+        compiled_sizes=powers_of_two(10, 16, 20, 24, 28),
+        other_layouts=True,
+    ),
+    ("sigmoid", "cpu"): Plan((torch.float32,), powers_of_two(*range(10, 25, 2))),
+    ("gates", "cuda"): Plan(
+        (torch.float32, torch.bfloat16), powers_of_two(12, 16, 20, 24, 26), compiled_sizes=powers_of_two(20, 24)
+    ),
+    ("gates", "cpu"): Plan((torch.float32,), powers_of_two(10, 16, 20)),
+}
+
+
+def build(operator, case, device):
+    """The operands and an upstream gradient."""
+
+    def make(*shape):
+        return LAYOUTS[case.layout](shape, case.dtype, device)
+
+    operands = operator.build(make, case.n)
+    shape = operator.formula(*(operand.to("meta") for operand in operands)).shape
+    if case.layout == "expanded gradient":
+        return operands, torch.randn((), dtype=case.dtype, device=device).expand(shape)
+    return operands, make(*shape)
+
+
+def value_and_gradients(function, leaves, grad):
+    output = function(*leaves)
+    return output.detach(), *torch.autograd.grad(output, differentiable(leaves), grad)
 
 
 def check(name, operator, provider, case, device):
-    """WrongResultError unless value and gradient are the formula's, up to a few roundings of the dtype.
+    """WrongResultError unless value and gradients are the formula's in float64, up to a few roundings of the dtype.
 
-    A gradient may come from the true x or from the provider's own rounded output: both are what somebody promises.
+    Sums and cancellations leave an error that is small beside the tensor, not beside each of its elements.
     """
-    n = min(case.n, CHECKED_ELEMENTS)
-    x, grad = LAYOUTS[case.layout](n, case.dtype, device)
-    y, actual = gradient(provider.function, x, grad)
-    value, derivative = operator.exact(x)
-    from_x, from_y = grad.double() * derivative, grad.double() * y.double() * (1 - y.double())
-    scale = from_x.abs() + torch.finfo(case.dtype).smallest_normal
-    errors = {
-        "value": (y.double() - value).abs() / value,
-        "gradient": torch.minimum((actual.double() - from_x).abs(), (actual.double() - from_y).abs()) / scale,
-    }
-    for what, error in errors.items():
-        worst = error.max().item()
-        if not worst <= TOLERANCE[case.dtype]:
-            raise record.WrongResultError(f"{name}, {case}: the {what} is off by {worst:.2g} of itself")
+    n = min(case.n, CHECKED_ELEMENTS + case.n % 16)
+    operands, grad = build(operator, case._replace(n=n), device)
+    wide = [operand.double() if operand.is_floating_point() else operand for operand in operands]
+    true = value_and_gradients(operator.formula, operator.leaves(wide), grad.double())
+    actual = value_and_gradients(provider.function, operator.leaves(operands), grad)
+    eps = torch.finfo(case.dtype).eps
+    for i, (result, exact) in enumerate(zip(actual, true)):
+        what = f"gradient {i}" if i else "value"
+        try:
+            atol = 2 * eps * exact.abs().max().item()
+            torch.testing.assert_close(result.double(), exact, rtol=TOLERANCE[case.dtype], atol=atol)
+        except AssertionError as error:
+            raise record.WrongResultError(f"{name}, {case}: the {what} is wrong. {error}") from None
 
 
-def make_buffers(case, device):
-    """Inputs and gradients that together exceed the L2 cache, so that no call finds its operands there."""
+def checked(name, operator, case, device, without=()):
+    """The providers that may be timed; WrongResultError if one of torch's or ours may not."""
+    providers = {}
+    for label, provider in operator.providers.items():
+        if device.type not in provider.devices or label in without:
+            continue
+        try:
+            check(f"{name} by {label}", operator, provider, case, device)
+        except Exception as error:
+            if not provider.foreign:
+                raise
+            print(f"left out: {name} by {label}, {case}: {error}")
+        else:
+            providers[label] = provider
+    return providers
+
+
+def make_buffers(operator, case, device):
+    """Operands and gradients that together exceed the L2 cache, so that no call finds its operands there."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    count = min(MAX_BUFFERS, 1 + math.ceil(2 * l2 / (2 * case.n * case.dtype.itemsize)))
-    return [LAYOUTS[case.layout](case.n, case.dtype, device) for _ in range(count)]
+    operands, grad = build(operator, case, device)
+    size = grad.nbytes + sum(operand.nbytes for operand in operands)
+    count = min(MAX_BUFFERS, 1 + math.ceil(2 * l2 / size))
+    return [(operands, grad), *(build(operator, case, device) for _ in range(count - 1))]
 
 
-def prepare(function, mode, buffers):
+def prepare(operator, provider, mode, buffers):
     """`run(i)`: the timed call on the i-th buffers. Graphs of "backward" are built here, outside of the timing.
 
     As many results are held as there are buffers, lest each be written where the last one is still in the L2 cache.
     """
-    grad_of = torch.autograd.grad
+    function, grad_of = provider.function, torch.autograd.grad
     results = collections.deque(maxlen=len(buffers) if len(buffers) > 1 else 0)
+    if provider.foreign:
+        buffers = [(tuple(operand.clone() for operand in operands), grad) for operands, grad in buffers]
     if mode == "forward":
-        return lambda i: results.append(function(buffers[i % len(buffers)][0]))
-    leaves = [(x.detach().requires_grad_(), grad) for x, grad in buffers]
+        return lambda i: results.append(function(*buffers[i % len(buffers)][0]))
+    leaves = [(operator.leaves(operands), grad) for operands, grad in buffers]
+    leaves = [(own, differentiable(own), grad) for own, grad in leaves]
     if mode == "both":
 
         def both(i):
-            x, grad = leaves[i % len(leaves)]
-            y = function(x)
-            results.append((y, grad_of(y, x, grad)))
+            operands, inputs, grad = leaves[i % len(leaves)]
+            y = function(*operands)
+            results.append((y, grad_of(y, inputs, grad)))
 
         return both
-    graphs = [(function(x), x, grad) for x, grad in leaves]
+    graphs = [(function(*operands), inputs, grad) for operands, inputs, grad in leaves]
 
     def backward(i):
         results.append(grad_of(*graphs[i % len(graphs)], retain_graph=True))
@@ -183,16 +242,21 @@ def measure(runs, device, rounds):
     return samples
 
 
-def rows_of(name, operator, case, mode, samples, copy_rate):
+def traffic(operator, operands, grad):
+    """Bytes that no implementation can avoid: each tensor once, an expanded gradient as the one number it is."""
+    read = sum(operand.nbytes for operand in operands)
+    written = sum(leaf.nbytes for leaf in differentiable(operator.leaves(operands)))
+    upstream = grad.nbytes if any(grad.stride()) else grad.itemsize
+    moved = {"forward": read + grad.nbytes, "backward": read + upstream + written}
+    return moved | {"both": sum(moved.values())}
+
+
+def rows_of(name, case, mode, samples, moved, copy_rate):
     """One row a provider, with its ratio to every provider but ours."""
-    tensors = {"forward": operator.forward_tensors, "backward": operator.backward_tensors}
-    if case.layout == "expanded gradient":
-        tensors["backward"] -= 1
-    tensors["both"] = sum(tensors.values())
     medians = {provider: record.quantiles(values)[0] for provider, values in samples.items()}
     for provider, values in samples.items():
         median, low, high = record.quantiles(values)
-        rate = tensors[mode] * case.n * case.dtype.itemsize / median / 1e9
+        rate = moved / median / 1e9
         row = {
             "operator": name,
             "provider": provider,
@@ -211,38 +275,36 @@ def rows_of(name, operator, case, mode, samples, copy_rate):
         yield row | {f"time / {other}": round(median / medians[other], 3) for other in others}
 
 
-def copy_rate_of(buffers, case, device, rounds):
-    """GB/s of a device-to-device copy of the same tensors, read and write counted."""
-    runs = {"copy": lambda i: buffers[i % len(buffers)][1].copy_(buffers[i % len(buffers)][0])}
+def copy_rate_of(buffers, device, rounds):
+    """GB/s of a device-to-device copy of the first operand, read and write counted."""
+    sources = [operands[0] for operands, _ in buffers]
+    runs = {"copy": lambda i: sources[(i + 1) % len(sources)].copy_(sources[i % len(sources)])}
     (samples,) = measure(runs, device, rounds).values()
-    return 2 * case.n * case.dtype.itemsize / record.quantiles(samples)[0] / 1e9
+    return 2 * sources[0].nbytes / record.quantiles(samples)[0] / 1e9
 
 
-def run(device, rounds, seconds):
+def run(device, selection, rounds, seconds):
     """All rows, and the cases that there was no time for."""
     rows, skipped, end = [], [], time.monotonic() + seconds
-    work = list(itertools.product(operators().items(), cases(device.type)))
-    for (name, operator), case in record.progress(work, f"speed on {device}"):
+    plans = {name: PLANS[operator.family, device.type] for name, operator in selection.items()}
+    work = [(name, case) for name, plan in plans.items() for case in plan.cases()]
+    for name, case in record.progress(work, f"speed on {device}"):
         if time.monotonic() > end:
-            skipped.append(str(case))
+            skipped.append(f"{name}, {case}")
             continue
         torch._dynamo.reset()
-        chosen = {
-            label: provider
-            for label, provider in operator.providers.items()
-            if device.type in provider.devices
-            and (label != "torch.compile" or case.layout != "dense" or case.n in COMPILED_SIZES)
-        }
-        for label, provider in chosen.items():
-            check(f"{name} by {label}", operator, provider, case, device)
-        buffers = make_buffers(case, device)
+        operator = selection[name]
+        compiled = case.layout != "dense" or case.n in plans[name].compiled_sizes
+        providers = checked(name, operator, case, device, without=() if compiled else ("torch.compile",))
+        buffers = make_buffers(operator, case, device)
+        moved = traffic(operator, *buffers[0])
         copyable = device.type == "cuda" and case.layout != "expanded gradient"
-        rate = copy_rate_of(buffers, case, device, rounds) if copyable else None
+        rate = copy_rate_of(buffers, device, rounds) if copyable else None
         for mode in MODES if device.type == "cuda" else ("forward", "both"):
             if case.layout == "expanded gradient" and mode == "forward":
                 continue
-            runs = {label: prepare(provider.function, mode, buffers) for label, provider in chosen.items()}
-            rows += rows_of(name, operator, case, mode, measure(runs, device, rounds), rate)
+            runs = {label: prepare(operator, provider, mode, buffers) for label, provider in providers.items()}
+            rows += rows_of(name, case, mode, measure(runs, device, rounds), moved[mode], rate)
         del buffers, runs
     return rows, skipped
 
@@ -250,23 +312,30 @@ def run(device, rounds, seconds):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
+    parser.add_argument("--operators", nargs="+", default=["sigmoid"], help=f"names, or families: {', '.join(FILES)}")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out the cases that would begin after this time")
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     arguments = parser.parse_args(argv)
+    if unknown := set(arguments.operators) - set(FILES) - set(operators()):
+        parser.error(f"operators must be among {', '.join([*FILES, *operators()])}; got {', '.join(sorted(unknown))}")
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
         print("speed: skipped, there is no GPU")
         return 0
     if device.type == "cpu":
         torch.set_num_threads(CPU_THREADS)
+    selection = chosen(arguments.operators)
     try:
-        rows, skipped = run(device, arguments.rounds or ROUNDS[device.type], arguments.seconds)
+        rows, skipped = run(device, selection, arguments.rounds or ROUNDS[device.type], arguments.seconds)
     except record.WrongResultError as error:
         print(f"speed: FAILED, {error}")
         return 1
-    record.write(record.folder_of(device, arguments.out), "speed", rows, record.environment(device), skipped=skipped)
-    columns = ["provider", "mode", "dtype", "layout", "n", "microseconds", "GB/s", "of a copy", "time / torch"]
+    folder, about = record.folder_of(device, arguments.out), record.environment(device)
+    for family in dict.fromkeys(operator.family for operator in selection.values()):
+        own = [row for row in rows if selection[row["operator"]].family == family]
+        record.write(folder, FILES[family], own, about, skipped=skipped)
+    columns = ["operator", "provider", "mode", "dtype", "layout", "n", "microseconds", "GB/s", "of a copy", "time / torch"]
     record.show(f"Speed on {record.device_name(device)}", rows, columns if device.type == "cuda" else None)
     if skipped:
         print(f"not measured for want of time: {', '.join(skipped)}")

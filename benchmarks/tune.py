@@ -13,6 +13,7 @@ import torch
 from torch_sigmoid import kernels
 
 from . import record
+from .operators import operators
 from .speed import Case, make_buffers, measure
 
 N = 1 << 26
@@ -24,10 +25,11 @@ ROUNDS = 10
 
 def launches(buffers):
     """The three kernels as functions of a buffer's index, and the tensors that each moves."""
+    pairs = [(x, grad) for (x,), grad in buffers]
     return {
-        "forward": (2, lambda i: kernels.sigmoid_forward(buffers[i % len(buffers)][0])),
-        "backward from output": (3, lambda i: kernels.sigmoid_backward(*buffers[i % len(buffers)], False)),
-        "backward from input": (3, lambda i: kernels.sigmoid_backward(*buffers[i % len(buffers)], True)),
+        "forward": (2, lambda i: kernels.sigmoid_forward(pairs[i % len(pairs)][0])),
+        "backward from output": (3, lambda i: kernels.sigmoid_backward(*pairs[i % len(pairs)], False)),
+        "backward from input": (3, lambda i: kernels.sigmoid_backward(*pairs[i % len(pairs)], True)),
     }
 
 
@@ -62,7 +64,7 @@ def main(argv=None) -> int:
     in_use = launch.TILE_ELEMENTS, launch.NUM_WARPS
     rows = []
     for dtype in record.progress(DTYPES, "launch shapes"):
-        buffers = make_buffers(Case(dtype, "dense", N), device)
+        buffers = make_buffers(operators()["sigmoid"], Case(dtype, "dense", N), device)
         for name, (tensors, run) in launches(buffers).items():
             shapes = list(itertools.product(ELEMENTS, WARPS))
             samples = measure({shape: with_shape(run, *shape) for shape in shapes}, device, ROUNDS)

@@ -1,15 +1,26 @@
 """The suite: it refuses to time what is wrong, says what it cannot measure, and draws only what the files say."""
 
 import json
+import math
 
 import pytest
 import torch
 
 import torch_sigmoid
-from benchmarks import record, speed
-from benchmarks.operators import TOLERANCE, Operator, Provider, exact_sigmoid, operators
+from benchmarks import counts, gpu, record, speed
+from benchmarks import operators as table
+from benchmarks.operators import TOLERANCE, Operator, Provider, operators
+from torch_sigmoid import kernels
 
 CPU = torch.device("cpu")
+DTYPES = [dtype for dtype in TOLERANCE if dtype is not torch.float64]
+GATES = [name for name, operator in operators().items() if operator.family == "gates"]
+
+
+def sigmoid_row(**providers):
+    """The row of sigmoid with these functions in place of its providers."""
+    providers = {label: Provider(function) for label, function in providers.items()}
+    return operators()["sigmoid"]._replace(providers=providers)
 
 
 def wrong_gradient(x):
@@ -19,12 +30,73 @@ def wrong_gradient(x):
 
 
 @pytest.mark.parametrize("layout", speed.LAYOUTS)
-@pytest.mark.parametrize("dtype", [dtype for dtype in TOLERANCE if dtype is not torch.float64], ids=str)
-def test_every_provider_passes_its_check_in_every_layout(layout, dtype):
-    (operator,) = operators().values()
-    for name, provider in operator.providers.items():
-        if "cpu" in provider.devices:
-            speed.check(name, operator, provider, speed.Case(dtype, layout, 1 << 18), CPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_provider_of_sigmoid_passes_its_check_in_every_layout(layout, dtype):
+    case = speed.Case(dtype, layout, (1 << 18) + 7 * (layout == "odd"))
+    assert speed.checked("sigmoid", operators()["sigmoid"], case, CPU).keys() == {"torch", "ours, output", "ours, input"}
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_provider_of_a_gate_passes_its_check(name, dtype):
+    for n in (64, 1 << 16):
+        assert speed.checked(name, operators()[name], speed.Case(dtype, "dense", n), CPU).keys() == {"torch", "ours"}
+
+
+@pytest.mark.parametrize("layout", speed.LAYOUTS)
+@pytest.mark.parametrize("name", operators())
+def test_operands_are_laid_out_as_the_case_says(name, layout):
+    operator = operators()[name]
+    if (name, layout) == ("sigmoid_gate, broadcast", "channels last"):
+        pytest.skip("a gate a row is no image")
+    operands, grad = speed.build(operator, speed.Case(torch.float32, layout, 1 << 18), CPU)
+    assert operator.formula(*operands).shape == grad.shape
+    assert abs(grad.numel() / (1 << 18) - 1) < 0.01
+    assert any(grad.stride()) == (layout != "expanded gradient")
+    assert grad.is_contiguous() == (layout not in ("channels last", "rows of a slice", "expanded gradient"))
+    assert (grad.data_ptr() % 16 != 0) == (layout == "off alignment")
+    # 3·x is compact again.
+    if name != "swiglu, clamped" and layout != "expanded gradient":
+        assert {operand.is_contiguous() for operand in operands} == {grad.is_contiguous()}
+
+
+def test_the_traffic_is_that_of_every_operand_once():
+    n = 1 << 16
+
+    def tensors(name, layout="dense"):
+        operator = operators()[name]
+        moved = speed.traffic(operator, *speed.build(operator, speed.Case(torch.bfloat16, layout, n), CPU))
+        assert moved["both"] == moved["forward"] + moved["backward"]
+        return moved["forward"] / (2 * n), moved["backward"] / (2 * n)
+
+    assert tensors("sigmoid") == (2, 3)
+    assert tensors("sigmoid", "expanded gradient") == (2, 2 + 1 / n)
+    assert tensors("glu") == tensors("swiglu") == tensors("swiglu, packed") == (3, 5)
+    assert tensors("sigmoid_gate, broadcast") == (2 + 1 / 256, 3 + 2 / 256)
+
+
+def test_an_operand_may_have_no_gradient_and_an_output_no_dimension():
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    operator = Operator(
+        "losses",
+        "",
+        bce,
+        lambda make, rows, columns: (make(rows, columns), torch.randint(2, (rows, columns)).float()),
+        {"torch": Provider(bce), "wrong": Provider(lambda x, target: bce(x, target) * 1.1)},
+        columns=16,
+        constants=(1,),
+    )
+    case = speed.Case(torch.float32, "dense", 64)
+    speed.check("loss", operator, operator.providers["torch"], case, CPU)
+    with pytest.raises(record.WrongResultError, match="the value is wrong"):
+        speed.check("loss", operator, operator.providers["wrong"], case, CPU)
+    operands, grad = speed.build(operator, case, CPU)
+    assert grad.shape == ()
+    assert [leaf.requires_grad for leaf in operator.leaves(operands)] == [True, False]
+    assert speed.traffic(operator, operands, grad) == {"forward": 516, "backward": 772, "both": 1288}
+    for mode in speed.MODES:
+        speed.prepare(operator, operator.providers["torch"], mode, [(operands, grad)])(0)
+    assert counts.row_of("loss", operator, "torch")["forward"] == 1
 
 
 @pytest.mark.parametrize(
@@ -34,18 +106,84 @@ def test_every_provider_passes_its_check_in_every_layout(layout, dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_wrong_result_is_not_timed(function, what, dtype, monkeypatch, tmp_path, capsys):
-    operator = Operator(exact_sigmoid, {"torch": Provider(torch.sigmoid), "wrong": Provider(function)}, "torch", 2, 3)
+    operator = sigmoid_row(torch=torch.sigmoid, wrong=function)
     with pytest.raises(record.WrongResultError, match=what):
         speed.check("wrong", operator, operator.providers["wrong"], speed.Case(dtype, "dense", 1000), CPU)
-    monkeypatch.setattr(speed, "operators", lambda: {"sigmoid": operator})
-    monkeypatch.setitem(speed.SIZES, "cpu", (64,))
+    monkeypatch.setattr(speed, "chosen", lambda names: {"sigmoid": operator})
     assert speed.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong_operand", [0, 1])
+@pytest.mark.parametrize("name", ["sigmoid_gate, broadcast", "swiglu"])
+def test_a_wrong_gradient_of_one_operand_is_not_timed(name, wrong_operand, dtype):
+    operator = operators()[name]
+
+    def wrong(*operands):
+        operands = list(operands)
+        right = operands[wrong_operand]
+        operands[wrong_operand] = right.detach() + 1.1 * (right - right.detach())
+        return operator.formula(*operands)
+
+    with pytest.raises(record.WrongResultError, match=f"gradient {wrong_operand + 1}"):
+        speed.check(name, operator, Provider(wrong), speed.Case(dtype, "dense", 1 << 14), CPU)
+
+
+@pytest.mark.parametrize("broken", ["raise RuntimeError('built for another torch')", "", "import no_such_module"])
+def test_another_package_is_no_dependency(broken, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"package_{abs(hash(broken))}"
+    (tmp_path / f"{module}.py").write_text(broken)
+    assert table._of_package(f"{module}:Function.apply") is None
+    assert table._of_package("there_is_no_such_package:Function.apply") is None
+    assert table._of_package("math:sqrt") is math.sqrt
+    operator = table.gate("", torch.sigmoid, torch.sigmoid, table.one, broken=f"{module}:function", works="math:sqrt")
+    assert operator.providers.keys() == {"torch", "torch.compile", "ours", "works"}
+    assert operator.providers["works"] == Provider(math.sqrt, ("cuda",), foreign=True)
+
+
+def raise_error(x):
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize("function", [raise_error, wrong_gradient])
+def test_another_packages_operator_that_fails_is_left_out(function, capsys):
+    operator = sigmoid_row(torch=torch.sigmoid)
+    operator.providers["theirs"] = Provider(function, foreign=True)
+    assert list(speed.checked("sigmoid", operator, speed.Case(torch.float32, "dense", 64), CPU)) == ["torch"]
+    assert "left out: sigmoid by theirs" in capsys.readouterr().out
+
+
+def test_another_packages_operator_may_overwrite_its_own_operands_only():
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return torch.sigmoid(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            s = torch.sigmoid(x)
+            x.data.copy_(grad * s * (1 - s))
+            return x
+
+    operator, provider = operators()["sigmoid"], Provider(Overwriting.apply, foreign=True)
+    case = speed.Case(torch.float32, "dense", 64)
+    speed.check("sigmoid", operator, provider, case, CPU)
+    buffers = speed.make_buffers(operator, case, CPU)
+    ((before,), _) = buffers[0]
+    before = before.clone()
+    for mode in speed.MODES:
+        speed.prepare(operator, provider, mode, buffers)(0)
+    assert torch.equal(buffers[0][0][0], before)
+
+
 def test_speed_writes_a_row_for_each_provider_and_mode(monkeypatch, tmp_path):
-    monkeypatch.setitem(speed.SIZES, "cpu", (64, 1000))
+    monkeypatch.setitem(speed.PLANS, ("sigmoid", "cpu"), speed.Plan((torch.float32,), (64, 1000)))
     assert speed.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cpu" / "speed.json").read_text())
     assert {"device", "driver", "torch", "triton", "date", "commit"} <= set(results["environment"])
@@ -58,6 +196,87 @@ def test_speed_writes_a_row_for_each_provider_and_mode(monkeypatch, tmp_path):
     }
     assert all(row["20 %"] <= row["microseconds"] <= row["80 %"] for row in rows)
     assert (tmp_path / "cpu" / "speed.csv").read_text().count("\n") == 1 + len(rows)
+
+
+def test_the_gates_have_a_file_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setitem(speed.PLANS, ("gates", "cpu"), speed.Plan((torch.float32,), (64,)))
+    assert speed.main(["--device", "cpu", "--operators", "gates", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / "cpu").iterdir()} == {"gates.csv", "gates.json"}
+    rows = json.loads((tmp_path / "cpu" / "gates.json").read_text())["rows"]
+    assert {(row["operator"], row["provider"], row["mode"]) for row in rows} == {
+        (name, provider, mode) for name in GATES for provider in ("torch", "ours") for mode in ("forward", "both")
+    }
+    assert speed.main(["--device", "cpu", "--operators", "silu", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / "gates.json").read_text())["rows"]
+    assert {row["operator"] for row in rows} == {"silu"}
+
+
+def test_an_unknown_operator_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--operators", "silu", "geglu"])
+    assert "got geglu" in capsys.readouterr().err
+
+
+def test_a_gpus_section_of_gates_and_its_summary(monkeypatch, tmp_path):
+    commands = gpu.commands(tmp_path)
+    assert commands["gates"][-4:-2] == ["--operators", "gates"]
+    assert commands["speed"][-4:-2] == ["--operators", "sigmoid"]
+    monkeypatch.setattr(
+        gpu.record, "environment", lambda device: dict.fromkeys(("device", "driver", "torch", "triton", "date", "commit"))
+    )
+    monkeypatch.setattr(gpu.record, "folder_of", lambda device, out: out)
+    row = {"operator": "swiglu", "mode": "both", "dtype": "bf16", "layout": "dense", "n": 16, "time / torch": 0.5}
+    record.write(tmp_path, "gates", [row | {"provider": "ours"}, row | {"provider": "fla"}], {})
+    lines = gpu.summary(tmp_path, {}).splitlines()
+    assert "- swiglu, ours, both, bf16, dense, 16: 0.50" in lines
+    assert "- swiglu, fla, both, bf16, dense, 16: 0.50" in lines
+
+
+def test_counts_are_of_launches_and_of_torch_operators_beside_them():
+    x = torch.randn(8, 8)
+
+    def of(function, *operands):
+        return [counter.kernels for counter in counts.count(function, [operand.requires_grad_() for operand in operands])]
+
+    torchs = [1, 1, 10]
+    assert of(torch.nn.functional.silu, x) == torchs
+    if not kernels.INTERPRETED:
+        return
+    assert of(torch_sigmoid.silu, x) == [1, 1, 1]
+    assert of(lambda x: torch_sigmoid.silu(x) * 2, x)[:2] == [2, 2]
+    # A gate of everything is summed up from the sums of several programs.
+    assert of(torch_sigmoid.sigmoid_gate, torch.randn(3000, 40), torch.randn(1, 40))[1] > 1
+
+
+@pytest.mark.skipif(bool(kernels.UNAVAILABLE), reason="counts launches")
+def test_counts_are_written(tmp_path):
+    assert counts.main(["--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / "counts.json").read_text())["rows"]
+    assert [(row["operator"], row["provider"]) for row in rows] == [
+        (name, label) for name in GATES for label in ("torch", "ours")
+    ]
+    committed = json.loads((record.RESULTS / "cpu" / "counts.json").read_text())["rows"]
+    # Torch's differ from version to version.
+    assert [row for row in rows if row["provider"] == "ours"] == [row for row in committed if row["provider"] == "ours"]
+
+
+def test_the_table_of_operators_takes_what_is_measured(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    from benchmarks import figures
+
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    cpu, gpu = tmp_path / "cpu", tmp_path / "A-GPU"
+    about = {"device": "a device", "torch": "2", "date": "today"}
+    kinds = {"forward": 2, "backward": 3, "double backward": 17, "saved": 3.0}
+    record.write(cpu, "counts", [{"operator": "swiglu", "provider": label} | kinds for label in ("torch", "ours")], about)
+    assert "| 2 / 3 / 17 → 2 / 3 / 17 | 3 → 3 | not measured yet | not measured yet |" in figures.operators_table(cpu, [gpu])
+    row = {"operator": "swiglu", "provider": "ours", "mode": "both"}
+    record.write(cpu, "gates", [row | {"dtype": "fp32", "n": 1 << 20, "time / torch": 1.5}], about)
+    record.write(gpu, "gates", [row | {"dtype": "bf16", "n": 1 << 24, "time / torch": 0.5}], about | {"device": "A GPU"})
+    table = figures.operators_table(cpu, [gpu])
+    assert "| 3 → 3 | not measured yet / 1.50 | 0.50 |" in table
+    assert "A GPU, time ÷ torch's, bf16, 2²⁴ elements" in table
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):
@@ -94,6 +313,20 @@ def test_what_is_saved_is_counted_once(device):
     assert saved_bytes(torch.sigmoid, x) == 4000
     assert saved_bytes(lambda x: torch_sigmoid.sigmoid(x, save="input"), x) == 4000
     assert saved_bytes(lambda x: torch.sigmoid(x) * x, x) == 8000
+
+
+def test_memory_is_that_of_every_operator(monkeypatch, tmp_path):
+    from benchmarks import memory
+
+    monkeypatch.setattr(memory, "ELEMENTS", 1 << 16)
+    monkeypatch.setattr(memory, "DTYPES", (torch.bfloat16,))
+    assert memory.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / "memory.json").read_text())["rows"]
+    saved = {(row["operator"], row["provider"]): row["saved"] for row in rows}
+    assert {name for name, _ in saved} == operators().keys()
+    assert saved["glu", "ours"] == saved["swiglu, packed", "ours"] == saved["swiglu, clamped", "ours"] == 4
+    assert (saved["swiglu", "torch"], saved["swiglu", "ours"]) == (6, 4)
+    assert saved["sigmoid_gate, broadcast", "ours"] == 2 + 2 / 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
