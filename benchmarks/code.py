@@ -15,6 +15,7 @@ from . import record
 
 EVEN, ODD = 1 << 20, (1 << 20) + 7
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+INTEGERS = {torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 CUDA_ARCHITECTURES = (75, 80, 90, 100, 120)
 AMD_ARCHITECTURES = ("gfx90a", "gfx942")
 
@@ -52,7 +53,7 @@ def compile_launch(launcher, inputs, outputs, target):
     for index, (parameter, value) in enumerate(zip(launcher.kernel.params, values, strict=True)):
         specialised = not (parameter.is_constexpr or parameter.do_not_specialize)
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
+            signature[parameter.name] = (POINTERS | INTEGERS)[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[parameter.name] = "constexpr"

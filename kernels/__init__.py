@@ -10,7 +10,7 @@ try:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         raise ImportError(f"version {triton.__version__} is older than 3.6")
 
-    from . import gates
+    from . import gates, losses, siglip
     from .maths import INTERPRETED
     from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward, warmup
     from .statistics import add_activation, add_squares
@@ -27,6 +27,8 @@ __all__ = [
     "add_activation",
     "add_squares",
     "gates",
+    "losses",
+    "siglip",
     "sigmoid_backward",
     "sigmoid_double_backward",
     "sigmoid_forward",

@@ -120,28 +120,22 @@ def unary_double_backward_kernel(
 
 
 @triton.jit
-def constant(VALUE: tl.constexpr, like):
-    """A literal of the arithmetic's dtype: Triton's own are fp32."""
-    return tl.full((), VALUE, like.dtype)
-
-
-@triton.jit
 def weighted_gate(
     v, g, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr
 ):
     """v·h(G), or v times a derivative of it in g, which is 0 beyond the limit."""
     gate = g
     if LIMIT is not None:
-        gate = tl.where(g > constant(LIMIT, g), constant(LIMIT, g), g)
+        gate = tl.where(g > maths.constant(LIMIT, g), maths.constant(LIMIT, g), g)
     if ALPHA != 1.0:
-        gate *= constant(ALPHA, g)
+        gate *= maths.constant(ALPHA, g)
         if ORDER == 0:
-            v *= constant(1.0 / ALPHA, g)
+            v *= maths.constant(1.0 / ALPHA, g)
         if ORDER == 2:
-            v *= constant(ALPHA, g)
+            v *= maths.constant(ALPHA, g)
     result = maths.weighted(v, gate, FUNCTION, ORDER, ROUND)
     if ORDER > 0 and LIMIT is not None:
-        result = tl.where(g > constant(LIMIT, g), 0.0, result)
+        result = tl.where(g > maths.constant(LIMIT, g), 0.0, result)
     return result
 
 
@@ -149,7 +143,7 @@ def weighted_gate(
 def operand(a, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
     """A."""
     if LIMIT is not None:
-        limit = constant(LIMIT, a)
+        limit = maths.constant(LIMIT, a)
         a = tl.where(a > limit, limit, tl.where(a < -limit, -limit, a))
     if OFFSET != 0.0:
         a += OFFSET
@@ -160,7 +154,7 @@ def operand(a, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
 def past_clamp(grad, a, LIMIT: tl.constexpr):
     """grad where a was not clamped, else 0."""
     if LIMIT is not None:
-        grad = tl.where(tl.abs(a) > constant(LIMIT, a), 0.0, grad)
+        grad = tl.where(tl.abs(a) > maths.constant(LIMIT, a), 0.0, grad)
     return grad
 
 

@@ -45,12 +45,13 @@ def select_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
+    index=None,
 ):
-    """Whether this program has such a part, and the part: rows, columns, row mask and mask.
+    """Whether a tile has such a part, and the part: rows, columns, row mask and mask. The tile is the program's if not given.
 
     For a single row (`n_rows` None) the compiler folds the rows away.
     """
-    program = tl.program_id(0)
+    program = tl.program_id(0) if index is None else index
     if USE_INT64:
         program = program.to(tl.int64)
         n_columns = n_columns.to(tl.int64)

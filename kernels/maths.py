@@ -8,6 +8,10 @@ silu(x)  = x·σ(x)                       logsigmoid(x)  = min(x, 0) - log(1 + e
 silu'(x) = σ(x)·(1 + x·σ(-x))           logsigmoid'(x) = σ(-x)
 silu"(x) = σ'(x)·(2 - x·tanh(x/2))      logsigmoid"(x) = -σ'(x)
 
+Losses, for a target of which a part `positive` is 1 and a part `negative` is 0:
+c(x) = positive·log(1 + e^-x) + negative·log(1 + e^x)      u(x) = positive·σ(-x) + negative·σ(x)
+ℓ(x) = c·u^γ: binary cross entropy for γ = 0, else focal loss (Lin et al. 2017), where u is 1 - p_t.
+
 1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. An operator that has x takes the form
 in e ≤ 1, which is even in x as σ' is, where nothing cancels or overflows, and which is 0 only where σ' is subnormal.
 """
@@ -36,6 +40,12 @@ INTERPRETED = tl.constexpr(not isinstance(upcast, triton.JITFunction))
 def negative(x):
     """-x, which Triton's own minus computes as 0 - x with an instruction, where a product becomes the next one's sign bit."""
     return x * -1.0
+
+
+@triton.jit
+def constant(VALUE: tl.constexpr, like):
+    """A literal of the arithmetic's dtype: Triton's own are fp32."""
+    return tl.full((), VALUE, like.dtype)
 
 
 @triton.jit
@@ -147,30 +157,38 @@ def limited(x):
 
 @triton.jit
 def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
-    """For denominators in [1, 8]."""
+    """For denominators between 2^-126 and 2^126. In fp32 the approximate one, corrected by its residual: no branch."""
     if INTERPRETED or numerator.dtype == tl.float64:
         return numerator / denominator
     elif ROUND_TO_16_BIT:
         return libdevice.fast_dividef(numerator, denominator)
     else:
-        return tl.div_rn(numerator, denominator)
+        reciprocal = libdevice.fast_dividef(1.0, denominator)
+        approximation = numerator * reciprocal
+        corrected = tl.fma(tl.fma(negative(denominator), approximation, numerator), reciprocal, approximation)
+        # Of an infinite numerator nothing is left to correct.
+        return tl.where(tl.abs(approximation) == float("inf"), approximation, corrected)
 
 
 @triton.jit
 def log_one_plus(e, ROUND_TO_16_BIT: tl.constexpr):
-    """log(1 + e) for e in [0, 1]; the interpreter has no libdevice."""
-    if ROUND_TO_16_BIT:
-        # 2·artanh(s) for s = e/(2+e) ≤ 1/3: the terms left out are below 2^-22 of the sum.
-        s = quotient(e, 2.0 + e, True)
-        square = s * s
-        series = tl.fma(square, tl.fma(square, tl.fma(square, tl.fma(square, 1 / 11, 1 / 9), 1 / 7), 1 / 5), 1 / 3)
-        return tl.fma(2.0 * s, square * series, 2.0 * s)
-    elif INTERPRETED:
-        # Kahan: what 1 + e loses of e, the quotient gives back.
-        rounded = 1.0 + e
-        return tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+    """log(1 + e) for e in [0, 1], as 2·artanh(s) for s = e/(2+e) ≤ 1/3, whose series has no branch."""
+    if e.dtype == tl.float64:
+        if INTERPRETED:
+            # Kahan: what 1 + e loses of e, the quotient gives back.
+            rounded = 1.0 + e
+            return tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+        else:
+            return libdevice.log1p(e)
     else:
-        return libdevice.log1p(e)
+        s = quotient(e, 2.0 + e, ROUND_TO_16_BIT)
+        square = s * s
+        series = tl.fma(square, tl.fma(square, 1 / 11, 1 / 9), 1 / 7)
+        if not ROUND_TO_16_BIT:
+            # What is left out is below 2^-29 of the sum; without these, 2^-22.
+            series = tl.fma(square, tl.fma(square, tl.fma(square, tl.fma(square, 1 / 15, 1 / 13), 1 / 11), 1 / 9), 1 / 7)
+        series = tl.fma(square, tl.fma(square, series, 1 / 5), 1 / 3)
+        return tl.fma(2.0 * s, square * series, 2.0 * s)
 
 
 @triton.jit
@@ -214,3 +232,91 @@ def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT:
             else:
                 factor = e * (2.0 * one_plus - tl.abs(near) * (1.0 - tail))
                 return quotient(v * factor, square * one_plus, ROUND_TO_16_BIT) * scale
+
+
+@triton.jit
+def log(x, ROUND_TO_16_BIT: tl.constexpr):
+    if INTERPRETED or ROUND_TO_16_BIT:
+        return tl.log(x)
+    else:
+        return libdevice.log(x)
+
+
+# Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
+GAMMA_BITS, LOG_STEPS = 8, tl.constexpr(64.0)
+
+
+@triton.constexpr_function
+def large_part(gamma):
+    fraction, exponent = math.frexp(gamma)
+    return math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
+
+
+@triton.jit
+def power(GAMMA: tl.constexpr, first, second, ROUND_TO_16_BIT: tl.constexpr):
+    """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
+    LARGE: tl.constexpr = large_part(GAMMA)
+    steps = tl.floor(first * LOG_STEPS + 0.5) / LOG_STEPS
+    product = constant(LARGE, first) * steps
+    rest = constant(GAMMA - LARGE, first) * steps + constant(GAMMA, first) * (first - steps + second)
+    exponent = product + rest
+    lost = (product - exponent) + rest
+    if ROUND_TO_16_BIT and not INTERPRETED:
+        return libdevice.fast_expf(exponent)
+    else:
+        value = exp(exponent)
+        return value + value * lost
+
+
+@triton.jit
+def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT: tl.constexpr):
+    """v·ℓ(x), v·ℓ'(x) or v·ℓ"(x), by ORDER. For γ > 0, positive + negative_part must be 1.
+
+    With y = |x|, e = e^-y, and `right` the part of the target on x's side, `wrong` the other:
+
+    c = wrong·y + (wrong + right)·log(1+e)      c' = (wrong - right·e)/(1+e)      c" = (wrong + right)·e/(1+e)²
+    u = (wrong + right·e)/(1+e)                 q = u'/u                          q' = -q·(q + (1-e)/(1+e))
+    ℓ' = u^γ·(c' + γ·c·q)                       ℓ" = u^γ·(c" + 2γ·c'·q + γ·c·q·((γ-1)·q - (1-e)/(1+e)))
+
+    u^γ is the exponential of γ·log u, which is -γ·(y + log(1+e)) where nothing is wrong: no u underflows before it.
+    """
+    above = x >= 0.0
+    wrong = tl.where(above, negative_part, positive)
+    right = tl.where(above, positive, negative_part)
+    e, scale = exp_minus_abs(x, ROUND_TO_16_BIT)
+    tail = e * scale
+    one_plus = 1.0 + tail
+    distance = tl.abs(x)
+    near = tl.minimum(distance, FAR)
+    # v comes before what could underflow.
+    v_wrong, v_right = v * wrong, v * right
+    clear = wrong == 0.0
+    if ORDER == 0 or GAMMA != 0.0:
+        log_one = log_one_plus(tail, ROUND_TO_16_BIT)
+    if ORDER == 0:
+        result = tl.where(v_wrong == 0.0, 0.0, v_wrong * distance) + (v_wrong + v_right) * log_one
+    if ORDER == 1 or (ORDER == 2 and GAMMA != 0.0):
+        # e alone is no subnormal number where e·scale is one.
+        slope = tl.where(clear, negative(v_right) * e, v_wrong - v_right * tail)
+        slope = quotient(slope, one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
+        result = slope
+    if ORDER == 2:
+        result = quotient((v_wrong + v_right) * e, tl.fma(tail, 2.0 + tail, 1.0), ROUND_TO_16_BIT) * scale
+    if GAMMA != 0.0:
+        gamma = constant(GAMMA, x)
+        mixture = tl.where(clear, 1.0, tl.fma(right, tail, wrong))
+        log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
+        factor = power(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
+        if ORDER > 0:
+            loss = v_wrong * near + (v_wrong + v_right) * log_one
+            ratio = tl.where(clear, 1.0, quotient(tail, mixture, ROUND_TO_16_BIT))
+            q = quotient((wrong - right) * ratio, one_plus, ROUND_TO_16_BIT)
+        if ORDER == 1:
+            result += gamma * loss * q
+        if ORDER == 2:
+            bend = (gamma - 1.0) * q - quotient(1.0 - tail, one_plus, ROUND_TO_16_BIT)
+            result += gamma * q * (2.0 * slope + loss * bend)
+        result *= factor
+    if ORDER == 1:
+        result = tl.where(above, result, negative(result))
+    return result

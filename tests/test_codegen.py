@@ -23,7 +23,8 @@ from benchmarks.code import (
     operators,
     targets,
 )
-from torch_sigmoid.kernels import gates, launch, statistics
+from torch_sigmoid.kernels import gates, launch, losses, siglip, statistics
+from torch_sigmoid.losses import Loss
 
 TARGETS = targets()
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
@@ -228,3 +229,53 @@ def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dt
         # The sums of a broadcast gate are set-up, counted though a program does them once.
         allowed = moved * slots * (1.25 if launcher in gates._broadcast else 1)
         assert len(instructions) / elements_per_thread() <= allowed, name
+
+
+def loss_launches(dtype):
+    """Launchers of the losses with inputs and outputs, how many full tensors each moves, and γ."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x, partials, count = meta(ODD, dtype=dtype), meta(2048, dtype=wide), meta(dtype=torch.int64)
+    target, weight = meta(ODD, dtype=torch.int64), meta(1, dtype=dtype).expand(ODD)
+    for gamma in (0.0, 2.0):
+        for reduction in ("none", "mean"):
+            loss = Loss(gamma, 0.25 if gamma else None, reduction=reduction)
+            forward, backward, double_backward = losses._launchers(loss, False, False)
+            output, upstream = (x, x) if reduction == "none" else (partials, meta(1, dtype=dtype).expand(ODD))
+            full = reduction == "none"
+            yield f"{loss} forward", forward, [x] * 4, [output, output], 2 + full, gamma
+            yield f"{loss} backward", backward, [upstream, *[x] * 4, x], [x], 3 + full, gamma
+            yield f"{loss} double backward", double_backward, [x, upstream, *[x] * 4, x], [x, output], 4 + 2 * full, gamma
+    loss = Loss(label_smoothing=0.1, ignore_index=-100)
+    forward, backward, _ = losses._launchers(loss, True, True)
+    yield "weighted forward", forward, [x, target, weight, weight], [partials, meta(2048, dtype=torch.int64)], 2, 0.0
+    upstream = meta(1, dtype=dtype).expand(ODD)
+    yield "weighted backward", backward, [upstream, x, target, weight, weight, count], [x], 2, 0.0
+    yield "fold", losses._fold[True], [partials, meta(2048, dtype=torch.int64)], [meta(dtype=dtype), count], 0, 0.0
+    similarity, number = meta(256, 4096, dtype=dtype), meta(dtype=wide)
+    labels = meta(256, 1, dtype=torch.int64).expand(256, 4096)
+    yield "pairs forward", siglip._forward, [similarity, labels, number, number], [partials], 1, 0.0
+    yield "pairs gradient", siglip._gradient, [similarity, labels, number, number], [similarity, partials, partials], 2, 0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_120", *AMD_ARCHITECTURES)],
+)
+def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
+    # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
+    # and the tail are up to 45 instructions an element. The powers of the focal loss go beyond what memory leaves time for.
+    slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
+    for name, launcher, inputs, outputs, moved, gamma in loss_launches(dtype):
+        compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
+        if target in AMD_ARCHITECTURES:
+            assert "scratch_load" not in compiled.asm["amdgcn"], name
+            continue
+        instructions, _, stack = disassemble(compiled)
+        # Two fp64 numbers take a register pair each; the derivatives of a power hold more than there are.
+        assert stack <= 16 or (gamma and dtype is torch.float64), name
+        assert not {"ATOM", "ATOMG", "RED", "REDG"} & {each.split(".")[0] for each in instructions}, name
+        accesses = [each for each in instructions if each.startswith(("LDG", "STG")) and ".128" in each]
+        assert len(accesses) >= moved * elements_per_thread() * dtype.itemsize // 16, name
+        if target == "sm_90" and moved:
+            allowed = float("inf") if gamma else moved * slots + 45
+            assert len(instructions) / elements_per_thread() <= allowed, name

@@ -172,6 +172,46 @@ def kernels_of(call):
     return [event.name for event in events if not event.name.startswith(("Memcpy", "Memset"))]
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("function", [torch_sigmoid.binary_cross_entropy_with_logits, torch_sigmoid.sigmoid_focal_loss])
+def test_a_loss_is_one_pass_in_each_direction_and_never_synchronises(function, reduction):
+    x, target = random((64, 4096), torch.bfloat16, "cuda").requires_grad_(), random((64, 4096), torch.float32, "cuda") > 0
+    loss = function(x, target, reduction=reduction)
+    grad = torch.ones_like(loss)
+    forward = kernels_of(lambda: function(x, target, reduction=reduction))
+    (backward,) = kernels_of(lambda: torch.autograd.grad(loss, x, grad, retain_graph=True))
+    assert ["forward" in name for name in forward] == [True] + [False] * (reduction == "mean")
+    assert "backward" in backward
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for ignore_index in (None, 0):
+            loss = function(x, target.long(), reduction=reduction, ignore_index=ignore_index)
+            torch.autograd.grad(loss, x, torch.ones_like(loss))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_siglip_never_holds_the_matrix_and_never_synchronises():
+    size, chunk_size = 8192, 256
+    image, text = (torch.nn.functional.normalize(random((size, 64), torch.float32, "cuda", seed=i)) for i in range(2))
+    tensors = [each.requires_grad_() for each in (image, text, torch.tensor(10.0, device="cuda"))]
+    torch_sigmoid.siglip_loss(*tensors, -10.0, chunk_size=chunk_size).backward()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        loss = torch_sigmoid.siglip_loss(*tensors, -10.0, chunk_size=chunk_size)
+        grads = torch.autograd.grad(loss, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 4 * size * size / 4
+    signs = 2 * torch.eye(size, device="cuda", dtype=torch.float64) - 1
+    wide = [each.detach().double().requires_grad_() for each in tensors]
+    plain = -torch.nn.functional.logsigmoid(signs * (wide[2] * wide[0] @ wide[1].T - 10.0)).sum() / size
+    for actual, expected in zip((loss, *grads), (plain, *torch.autograd.grad(plain, wide))):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [

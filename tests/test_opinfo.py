@@ -144,3 +144,46 @@ def test_gradcheck_on_every_small_sample_of_the_gates(name, device):
             x = sample.input.detach().clone().requires_grad_()
             assert gradcheck(function, (x,), check_forward_ad=True, fast_mode=True)
             assert gradgradcheck(function, (x,), check_fwd_over_rev=True, fast_mode=True)
+
+
+BCE = next(info for info in op_db if info.name == "nn.functional.binary_cross_entropy_with_logits")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_sample_of_binary_cross_entropy(dtype, device):
+    def widened(value):
+        return value.detach().double() if isinstance(value, torch.Tensor) else value
+
+    count = 0
+    for sample in BCE.sample_inputs(device, dtype, requires_grad=True):
+        count += 1
+        x = sample.input.detach().requires_grad_()
+        wide = widened(x).requires_grad_()
+        arguments = [widened(value) for value in sample.args]
+        options = {key: widened(value) for key, value in sample.kwargs.items()}
+        loss = torch_sigmoid.binary_cross_entropy_with_logits(x, *sample.args, **sample.kwargs)
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(wide, *arguments, **options)
+        assert loss.dtype is dtype
+        upstream = torch.randn_like(loss)
+        (grad,) = torch.autograd.grad(loss, x, upstream)
+        (true,) = torch.autograd.grad(expected, wide, upstream.double())
+        eps = torch.finfo(dtype).eps
+        # The samples' targets are any numbers, so that terms cancel.
+        terms = 1 + (wide.abs().max() * arguments[0].abs().max()).item()
+        for actual, exact in ((loss, expected), (grad, true)):
+            torch.testing.assert_close(actual.double(), exact, rtol=4 * eps, atol=4 * eps * terms)
+    assert count > 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradcheck_on_every_sample_of_binary_cross_entropy(device):
+    for sample in BCE.sample_inputs(device, torch.float64, requires_grad=True):
+
+        def function(x, target):
+            return torch_sigmoid.binary_cross_entropy_with_logits(x, target, *sample.args[1:], **sample.kwargs)  # noqa: B023
+
+        for target in (sample.args[0].detach(), sample.args[0].detach().clone().requires_grad_()):
+            x = sample.input.detach().clone().requires_grad_()
+            assert gradcheck(function, (x, target), check_forward_ad=True, fast_mode=True)
+            assert gradgradcheck(function, (x, target), check_fwd_over_rev=True, fast_mode=True)

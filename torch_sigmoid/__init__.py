@@ -8,21 +8,41 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 
 from . import diagnostics, functional, nn
 from .autograd import SigmoidFunction
-from .functional import Path, glu, logsigmoid, path, sigmoid, sigmoid_, sigmoid_gate, silu, swiglu, warmup
-from .nn import GLU, LogSigmoid, Sigmoid, SigmoidGate, SiLU, SwiGLU
+from .functional import (
+    Path,
+    binary_cross_entropy_with_logits,
+    debug,
+    glu,
+    logsigmoid,
+    path,
+    siglip_loss,
+    sigmoid,
+    sigmoid_,
+    sigmoid_focal_loss,
+    sigmoid_gate,
+    silu,
+    swiglu,
+    warmup,
+)
+from .nn import GLU, BCEWithLogitsLoss, LogSigmoid, SigLIPLoss, Sigmoid, SigmoidFocalLoss, SigmoidGate, SiLU, SwiGLU
 from .swap import intercept, replace, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GLU",
+    "BCEWithLogitsLoss",
     "LogSigmoid",
     "Path",
     "SiLU",
+    "SigLIPLoss",
     "Sigmoid",
+    "SigmoidFocalLoss",
     "SigmoidFunction",
     "SigmoidGate",
     "SwiGLU",
+    "binary_cross_entropy_with_logits",
+    "debug",
     "diagnostics",
     "functional",
     "glu",
@@ -32,8 +52,10 @@ __all__ = [
     "path",
     "replace",
     "restore",
+    "siglip_loss",
     "sigmoid",
     "sigmoid_",
+    "sigmoid_focal_loss",
     "sigmoid_gate",
     "silu",
     "swiglu",

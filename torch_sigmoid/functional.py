@@ -7,9 +7,11 @@ traced   under torch.compile, export, jit.trace, functionalize and nested torch.
          the same numerics in these, for a compiler to fuse
 torch    everything else: torch's own operator; our gradient formula in torch operators where torch's is not exact
 
-The gates take the same three; each of their operators (gates.py) finds out for itself whether a kernel may run.
+The gates and losses take the same three; each of their operators (gates.py, losses.py) finds out for itself whether a kernel
+may run. The losses also take torch operators under torch.func and forward mode.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from functools import cache
@@ -17,11 +19,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import autograd, gates, ops
+from . import autograd, gates, losses, ops, siglip
 
-__all__ = ["Path", "glu", "logsigmoid", "path", "sigmoid", "sigmoid_", "sigmoid_gate", "silu", "swiglu", "warmup"]
+__all__ = [
+    "Path",
+    "binary_cross_entropy_with_logits",
+    "debug",
+    "glu",
+    "logsigmoid",
+    "path",
+    "siglip_loss",
+    "sigmoid",
+    "sigmoid_",
+    "sigmoid_focal_loss",
+    "sigmoid_gate",
+    "silu",
+    "swiglu",
+    "warmup",
+]
 
 SAVE_MODES = ("output", "input")
 _is_compiling = torch.compiler.is_compiling
@@ -300,16 +317,12 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     """
     _check_tensors("sigmoid_gate", input=input, gate=gate)
     _check_devices("sigmoid_gate", input=input, gate=gate)
-    shape = tuple(gate.shape)
-    if gate.dim() > input.dim() or any(
-        size not in (1, full) for size, full in zip(reversed(shape), reversed(tuple(input.shape)))
-    ):
-        raise ValueError(f"sigmoid_gate(): gate must broadcast to input's shape {tuple(input.shape)}, got {shape}")
+    _check_broadcasts("sigmoid_gate", "gate", gate, input)
     input, gate = _promoted(input, gate)
     if not (_is_ours(input) and _is_ours(gate)):
         return input * torch.sigmoid(gate)
     if gate.dim() < input.dim():
-        gate = gate.reshape((1,) * (input.dim() - gate.dim()) + shape)
+        gate = gate.reshape((1,) * (input.dim() - gate.dim()) + tuple(gate.shape))
     return gates.apply(_SIGMOID_GATE, input, gate)
 
 
@@ -375,6 +388,12 @@ def _swiglu_in_torch(gate: Tensor, up: Tensor, constants: dict) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def _check_broadcasts(caller: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    shape, full = tuple(tensor.shape), tuple(input.shape)
+    if len(shape) > len(full) or any(size not in (1, whole) for size, whole in zip(reversed(shape), reversed(full))):
+        raise ValueError(f"{caller}(): {name} must broadcast to input's shape {full}, got {shape}")
+
+
 def _check_devices(caller: str, **tensors) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
@@ -389,6 +408,266 @@ def _promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     if one.is_floating_point() and other.is_floating_point() and (one.dim() == 0) != (other.dim() == 0):
         dtype = one.dtype if one.dim() else other.dtype
     return one.to(dtype), other.to(dtype)
+
+
+class debug(contextlib.ContextDecorator):
+    """A context in which the losses look at the values of their targets: `with torch_sigmoid.debug(): …`, or as a decorator.
+
+    A target outside of [0, 1] that is not ignored, or is NaN, is then a ValueError. To find out, the host waits for the device
+    at every call, which is why it is not done elsewhere. Compiled functions, and tensors without values, are not looked at.
+    """
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        debug.depth += 1
+
+    def __exit__(self, *exception) -> None:
+        debug.depth -= 1
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""weight·(pos_weight·t·log(1 + e^-x) + (1-t)·log(1 + e^x)) for logits x and targets t: torch's function, with more.
+
+    Neither term cancels or overflows, and each gradient, weight·((1-t)·σ(x) - pos_weight·t·σ(-x)), is exact in both tails: in
+    bf16 the gradient of torch.nn.functional.binary_cross_entropy_with_logits at t = 1 is 0 from x = 6.25 on. Forward,
+    backward and double backward are one pass over the tensors each, the reduction included; sums are taken in fp32 (fp64 for
+    fp64), in an order that depends on shapes and strides only.
+
+    Args:
+        input: logits x, of any shape and float dtype.
+        target: of input's shape: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for (see
+            `debug`).
+        weight: broadcasts to input's shape.
+        size_average, reduce: torch's deprecated forms of `reduction`.
+        reduction: "none", "mean" (over all elements that are not ignored) or "sum".
+        pos_weight: of the positive part of the target; broadcasts to input's shape.
+        label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
+        ignore_index: elements of this target have neither loss nor gradient. If all are ignored a mean is NaN.
+
+    Returns:
+        The loss, in the dtype that input and target promote to; at least fp32 under autocast.
+
+    Saved for backward: the tensors as they were given, and the count of what was not ignored. Under transforms, forward mode,
+    or where target or weights require a gradient (all of them may), what autograd keeps of the formula.
+
+    Raises:
+        TypeError: an argument is no tensor, or not of a dtype described above.
+        ValueError: target's shape is not input's, a weight does not broadcast, two devices, an unknown reduction, a smoothing
+            out of range.
+    """
+    arguments = input, target, weight, pos_weight
+    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
+        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        options |= {"reduction": reduction, "size_average": size_average, "reduce": reduce}
+        return handle_torch_function(
+            binary_cross_entropy_with_logits, arguments, input, target, weight=weight, pos_weight=pos_weight, **options
+        )
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    caller = "binary_cross_entropy_with_logits"
+    _check_tensors(caller, input=input, target=target)
+    loss = losses.Loss(0.0, None, float(label_smoothing), ignore_index, reduction)
+    if not (_is_ours(input) and target.layout is torch.strided and not target.is_nested):
+        if label_smoothing or ignore_index is not None:
+            raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense float logits, got {input.dtype}")
+        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
+    return _loss(caller, loss, "input", input, "target", target, weight, pos_weight)
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""α_t·(1 - p_t)^γ·BCE(x, t) for logits x and targets t, the focal loss of Lin et al. 2017, as torchvision.ops has it.
+
+    1 - p_t = t·σ(-x) + (1-t)·σ(x), and α_t = α·t + (1-α)·(1-t). The power is taken in log space, where 1 - p_t neither cancels
+    nor underflows: value and gradient are finite for every γ ≥ 0, 0 < γ < 1 included, and every logit, ±∞ included (but for
+    the value where it is infinite itself: a logit of ±∞ against its target).
+
+    Args:
+        inputs: logits x, of any shape and float dtype.
+        targets: of the shape of inputs: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for
+            (see `debug`).
+        alpha: in [0, 1], the weight of positive targets; -1 for no weights.
+        gamma: not negative. Each pair of alpha and gamma compiles kernels of its own, once.
+        reduction: "none", "mean" (over all elements that are not ignored) or "sum".
+        label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
+        ignore_index: elements of this target have neither loss nor gradient.
+        weight: broadcasts to the shape of inputs.
+
+    Returns, saves and raises as `binary_cross_entropy_with_logits`; a ValueError also for an alpha or gamma out of range.
+    """
+    arguments = inputs, targets, weight
+    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
+        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "weight": weight}
+        options |= {"alpha": alpha, "gamma": gamma, "reduction": reduction}
+        return handle_torch_function(sigmoid_focal_loss, arguments, inputs, targets, **options)
+    caller = "sigmoid_focal_loss"
+    _check_tensors(caller, inputs=inputs, targets=targets)
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"{caller}(): gamma must not be negative, and finite, got {gamma}")
+    if alpha != -1 and not 0 <= alpha <= 1:
+        raise ValueError(f"{caller}(): alpha must be in [0, 1], or -1 for none, got {alpha}")
+    if not (_is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested):
+        raise TypeError(f"{caller}(): logits must be dense, float64, float32, float16 or bfloat16, got {inputs.dtype}")
+    loss = losses.Loss(float(gamma), None if alpha == -1 else float(alpha), float(label_smoothing), ignore_index, reduction)
+    return _loss(caller, loss, "inputs", inputs, "targets", targets, weight, None)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    chunk_size: int = 256,
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    r"""-1/B·Σ_ij log σ(z_ij·(logit_scale·⟨image_i, text_j⟩ + logit_bias)), z = 1 for i = j, else -1: the loss of SigLIP.
+
+    Sigmoid loss for language image pre-training, Zhai et al. 2023, in the form of open_clip: `logit_scale` multiplies as it is
+    (what a model learns is its logarithm), and the sum is divided by the batch size B. Of the B × B matrix `chunk_size` rows
+    exist at a time, in forward and, computed again, in backward: O(chunk_size·B) memory. The matrix products are
+    torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32 (fp64 for fp64).
+
+    With a process group each rank passes its own features, and text features go around the ring of ranks. Every rank gets the
+    loss of the whole batch, that of all ranks together. Its gradients are those of the rank's own share of the sum divided by
+    its own batch size: averaged over ranks, as DistributedDataParallel averages them, they are the gradients of that loss.
+
+    Args:
+        image_features, text_features: (B, D) each, float, usually normalised.
+        logit_scale, logit_bias: tensors of one element, or numbers; no bias if None.
+        chunk_size: rows of the matrix at a time.
+        group: a process group, such as torch.distributed.group.WORLD; all of its ranks must call with the same B and D. What
+            they have is compared over the group's store at each call, without waiting for a device.
+
+    Returns:
+        The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
+
+    Saved for backward: the features, scale and bias. Differentiable twice and more but for process groups, which know
+    eager reverse mode only.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: features that are no matrices of one shape, two devices, a scale or bias of more than one element, a
+            chunk_size below 1, a rank with another batch size.
+        RuntimeError: `group` together with create_graph=True, transforms, forward mode or a tracer.
+    """
+    arguments = image_features, text_features, logit_scale, logit_bias
+    tensors = [each for each in arguments if each is not None and not isinstance(each, (int, float))]
+    if has_torch_function_variadic(*tensors) and not all(isinstance(each, Tensor) for each in tensors):
+        return handle_torch_function(siglip_loss, tensors, *arguments, chunk_size=chunk_size, group=group)
+    caller = "siglip_loss"
+    features = {"image_features": image_features, "text_features": text_features}
+    _check_tensors(caller, **features)
+    shapes = f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+        raise ValueError(f"{caller}(): image_features and text_features must be of one shape (B, D), {shapes}")
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"{caller}(): chunk_size must be an int, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"{caller}(): chunk_size must be at least 1, got {chunk_size}")
+    _check_devices(caller, **features)
+    image, text = _promoted(image_features, text_features)
+    if not (_is_ours(image) and _is_ours(text)):
+        raise TypeError(f"{caller}(): features must be dense, float64, float32, float16 or bfloat16, got {image.dtype}")
+    if group is not None:
+        found = siglip.batches_of(group, image.shape)
+        if len(set(found)) > 1:
+            raise ValueError(f"{caller}(): all ranks must have features of one shape, got {', '.join(found)}")
+    dtype = image.dtype
+    if _autocasts(image.device.type) and dtype is not torch.float64:
+        dtype = torch.float32
+        image, text = (each.to(torch.get_autocast_dtype(image.device.type)) for each in (image, text))
+    scale = _number_for(caller, "logit_scale", logit_scale, image)
+    bias = _number_for(caller, "logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+    return siglip.apply(image, text, scale, bias, chunk_size, group, dtype)
+
+
+def _number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A tensor without dimensions, of the arithmetic's dtype, on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=dtype, device=like.device)
+    _check_tensors(caller, **{name: value})
+    if value.numel() != 1:
+        raise ValueError(f"{caller}(): {name} must have one element, got shape {tuple(value.shape)}")
+    if value.dim() or value.device.type != "cpu":
+        _check_devices(caller, **{"image_features": like, name: value})
+    return value.reshape(()).to(like.device, dtype)
+
+
+def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weight):
+    """Checks what the losses have in common, decides on dtypes, and computes."""
+    if loss.reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'{caller}(): reduction must be "none", "mean" or "sum", got {loss.reduction!r}')
+    if not 0 <= loss.label_smoothing <= 1:
+        raise ValueError(f"{caller}(): label_smoothing must be in [0, 1], got {loss.label_smoothing}")
+    if loss.ignore_index is not None and not isinstance(loss.ignore_index, int):
+        raise TypeError(f"{caller}(): ignore_index must be an int, got {type(loss.ignore_index).__name__}")
+    if target.shape != input.shape:
+        shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        raise ValueError(f"{caller}(): {target_name} must have the shape of {input_name}, {shapes}")
+    if target.is_complex():
+        raise TypeError(f"{caller}(): {target_name} must be floats, integers or bool, got {target.dtype}")
+    weight = _weight_for(caller, "weight", weight, input)
+    pos_weight = _weight_for(caller, "pos_weight", pos_weight, input)
+    _check_devices(caller, **{input_name: input, target_name: target})
+    if debug.depth and not (_is_compiling() or _is_tracing()):
+        _check_targets(caller, target_name, target, loss.ignore_index)
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    if dtype is torch.float64:
+        input = input.double()
+    elif _autocasts(input.device.type):
+        dtype = torch.float32
+    return losses.apply(loss, dtype, input, target, weight, pos_weight)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _weight_for(caller: str, name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    _check_tensors(caller, **{name: weight})
+    if weight.is_complex():
+        raise TypeError(f"{caller}(): {name} must be real, got {weight.dtype}")
+    _check_broadcasts(caller, name, weight, input)
+    if weight.dim() == 0 and weight.device.type == "cpu":
+        # A number on the host goes with tensors of any device, as in torch.
+        return weight.to(input.device)
+    _check_devices(caller, **{"input": input, name: weight})
+    return weight
+
+
+def _check_targets(caller: str, name: str, target: Tensor, ignore_index: int | None) -> None:
+    if target.is_meta or not autograd.ops.has_plain_storage(target):
+        return
+    fine = (target >= 0) & (target <= 1)
+    if ignore_index is not None:
+        fine |= target == ignore_index
+    if not fine.all():
+        raise ValueError(f"{caller}(): {name} must be in [0, 1], got {target[~fine][0].item()}")
 
 
 def warmup(

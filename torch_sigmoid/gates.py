@@ -28,6 +28,14 @@ SHIFT, SHIFTED_FROM = 32.0, -64.0
 EXP_MINUS_SHIFT = math.exp(-SHIFT)
 
 
+def exp_scaled(power: Tensor) -> tuple[Tensor, Tensor | float]:
+    """e^power as e·scale, for power ≤ 0: e alone is no subnormal number, and a product with it keeps its digits."""
+    if power.dtype is torch.float64:
+        return torch.exp(power), 1.0
+    far = power < SHIFTED_FROM
+    return torch.exp(power + torch.where(far, SHIFT, 0.0)), torch.where(far, EXP_MINUS_SHIFT, 1.0)
+
+
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
     """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid"; in fp32 or fp64.
 
@@ -36,12 +44,7 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
     below = x < 0
-    power, scale = torch.where(below, x, -x), 1.0
-    if x.dtype is not torch.float64:
-        far = power < SHIFTED_FROM
-        power = power + torch.where(far, SHIFT, 0.0)
-        scale = torch.where(far, EXP_MINUS_SHIFT, 1.0)
-    e = torch.exp(power)
+    e, scale = exp_scaled(torch.where(below, x, -x))
     tail = e * scale
     if function == "logsigmoid":
         return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
@@ -325,7 +328,10 @@ def apply(operator: Unary | Gated, *tensors: Tensor) -> Tensor:
         return operator.formula(*tensors)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return OperatorFunction.apply(operator, *tensors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not torch.is_grad_enabled():
+        return operator.forward(*tensors)
+    if any(tensor.requires_grad for tensor in tensors):
         # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
         return _apply_eager(operator, *map(torch._C._functorch.unwrap_if_dead, tensors))
-    return operator.forward(*tensors)
+    with torch.no_grad():  # so that the formulas know that nothing listens
+        return operator.forward(*tensors)

@@ -5,7 +5,17 @@ from torch import Tensor
 
 from . import functional, ops
 
-__all__ = ["GLU", "LogSigmoid", "SiLU", "Sigmoid", "SigmoidGate", "SwiGLU"]
+__all__ = [
+    "GLU",
+    "BCEWithLogitsLoss",
+    "LogSigmoid",
+    "SiLU",
+    "SigLIPLoss",
+    "Sigmoid",
+    "SigmoidFocalLoss",
+    "SigmoidGate",
+    "SwiGLU",
+]
 
 # Where no kernel can run, the layer must not cost more than torch's: fp32 takes the shortest way to what `sigmoid` would do.
 _TORCH_ALONE = not ops.KERNELS_EXIST
@@ -138,3 +148,111 @@ class SwiGLU(torch.nn.Module):
     def extra_repr(self) -> str:
         clamped = self.alpha is not None or self.limit is not None
         return f"dim={self.dim}" + f", alpha={self.alpha}, limit={self.limit}" * clamped
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """Binary cross entropy of logits: a drop-in for `torch.nn.BCEWithLogitsLoss`, and an instance of it.
+
+    See `torch_sigmoid.binary_cross_entropy_with_logits`. `weight` and `pos_weight` are buffers, as in torch.
+
+    Args:
+        weight, size_average, reduce, reduction, pos_weight: as in torch.
+        label_smoothing, ignore_index: as in the function.
+    """
+
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    def __prepare_scriptable__(self):
+        if self.label_smoothing or self.ignore_index is not None:
+            raise NotImplementedError("torch.jit.script knows torch's loss only, without label_smoothing and ignore_index")
+        return torch.nn.BCEWithLogitsLoss(self.weight, reduction=self.reduction, pos_weight=self.pos_weight)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+
+
+class SigmoidFocalLoss(torch.nn.Module):
+    """Focal loss of logits. See `torch_sigmoid.sigmoid_focal_loss`, whose arguments these are.
+
+    `weight` is a buffer.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "none",
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.register_buffer("weight", weight)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.sigmoid_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            weight=self.weight,
+        )
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+
+
+class SigLIPLoss(torch.nn.Module):
+    """The sigmoid loss of image-text pairs, called with both features, scale and bias. See `torch_sigmoid.siglip_loss`."""
+
+    def __init__(self, *, chunk_size: int = 256, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.group = group
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        return functional.siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, chunk_size=self.chunk_size, group=self.group
+        )
+
+    def extra_repr(self) -> str:
+        return f"chunk_size={self.chunk_size}" + (", distributed" if self.group is not None else "")

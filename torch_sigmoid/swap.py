@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import nn
-from .functional import check_save, glu, logsigmoid, sigmoid, sigmoid_, silu
+from .functional import binary_cross_entropy_with_logits, check_save, glu, logsigmoid, sigmoid, sigmoid_, silu
 
 __all__ = ["intercept", "replace", "restore"]
 
-_OURS = {getattr(torch.nn, name): getattr(nn, name) for name in ("Sigmoid", "SiLU", "GLU", "LogSigmoid")}
+_OURS = {getattr(torch.nn, name): getattr(nn, name) for name in ("Sigmoid", "SiLU", "GLU", "LogSigmoid", "BCEWithLogitsLoss")}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def replace(model: torch.nn.Module, *, save: str = "output") -> torch.nn.Module:
-    """Make each `torch.nn.Sigmoid`, `SiLU`, `GLU` and `LogSigmoid` in `model` the one of `torch_sigmoid`, in place.
+    """Make each `torch.nn.Sigmoid`, `SiLU`, `GLU`, `LogSigmoid` and `BCEWithLogitsLoss` in `model` ours, in place.
 
     The module objects stay the same and only change their class: names, hooks, training flag, sharing between parents and
     references from outside are untouched, and `model` itself may be one. Subclasses of torch's modules are left alone.
@@ -66,9 +66,9 @@ class intercept(TorchFunctionMode):
     """A context under which torch's sigmoid is ours: `with torch_sigmoid.intercept(save="input"): loss = model(x)`.
 
     It covers torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid and torch.nn.Sigmoid, and the
-    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`; and silu, glu and logsigmoid of
-    torch.nn.functional, and their modules. Calls with `out=`, which have no gradient, stay torch's. Backward may run outside
-    of it.
+    in-place torch.sigmoid_ and Tensor.sigmoid_, which save σ under either `save`; and silu, glu, logsigmoid and
+    binary_cross_entropy_with_logits of torch.nn.functional, and their modules. Calls with `out=`, which have no gradient, stay
+    torch's. Backward may run outside of it.
 
     What `torch.utils.checkpoint` recomputes in a backward outside the context is torch's own sigmoid. With
     use_reentrant=False, and under other saved-tensor hooks, save="input" therefore gives way to "output" with a warning: σ
@@ -92,8 +92,8 @@ class intercept(TorchFunctionMode):
             return func(*args, **kwargs)
         _nesting.handled = True
         try:
-            if func in _GATES:
-                return _GATES[func](*args, **kwargs)
+            if func in _OTHERS:
+                return _OTHERS[func](*args, **kwargs)
             return sigmoid(*args, **kwargs, save=self._save_now()) if func in _SIGMOIDS else sigmoid_(*args, **kwargs)
         finally:
             _nesting.handled = False
@@ -126,9 +126,10 @@ class _Nesting(threading.local):
 _nesting = _Nesting()
 _SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit, torch.nn.functional.sigmoid)
 _SIGMOIDS_INPLACE = (torch.sigmoid_, Tensor.sigmoid_)
-_GATES = {
+_OTHERS = {
     torch.nn.functional.silu: silu,
     torch.nn.functional.glu: glu,
     torch.nn.functional.logsigmoid: logsigmoid,
+    torch.nn.functional.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
 }
-_COVERED = frozenset((*_SIGMOIDS, *_SIGMOIDS_INPLACE, *_GATES))
+_COVERED = frozenset((*_SIGMOIDS, *_SIGMOIDS_INPLACE, *_OTHERS))

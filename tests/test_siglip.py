@@ -1,0 +1,328 @@
+"""The sigmoid loss of image-text pairs: equal to the plain formula, in chunks, in every mode, on one process and on two."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import random, runs_kernels
+from torch.autograd import gradcheck, gradgradcheck
+
+import torch_sigmoid as ts
+from torch_sigmoid import siglip
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def plain(image, text, scale, bias):
+    """As open_clip writes it."""
+    logits = scale * image @ text.T
+    if bias is not None:
+        logits = logits + bias
+    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(image)
+
+
+def pairs(size, width, dtype, device, scale=10.0, bias=-3.0):
+    features = (F.normalize(random((size, width), torch.float64, device, seed), dim=1).to(dtype) for seed in (0, 1))
+    return *features, torch.tensor(scale, dtype=dtype, device=device), torch.tensor(bias, dtype=dtype, device=device)
+
+
+def value_and_gradients(function, tensors):
+    tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    loss = function(*tensors)
+    return loss.detach(), *torch.autograd.grad(2 * loss, tensors)
+
+
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 100, 1000])
+@pytest.mark.parametrize("size", [1, 2, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_loss_and_gradients_of_the_plain_formula(dtype, size, chunk_size, device):
+    tensors = pairs(size, 8, dtype, device)
+    actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=chunk_size), tensors)
+    expected = value_and_gradients(plain, [tensor.double() for tensor in tensors])
+    # In 16 bit similarities are rounded by matmul, and multiplied by the scale.
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
+    for one, other in zip(actual, expected):
+        assert one.dtype is dtype
+        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=rtol * other.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_first_and_second_derivatives_in_every_mode(size, device):
+    tensors = tuple(tensor.requires_grad_() for tensor in pairs(size, 3, torch.float64, device, scale=2.0, bias=-0.3))
+    function = lambda *t: ts.siglip_loss(*t, chunk_size=2)  # noqa: E731
+    options = {"check_batched_grad": True, "fast_mode": True}
+    assert gradcheck(function, tensors, check_forward_ad=True, check_batched_forward_grad=True, **options)
+    assert gradgradcheck(function, tensors, check_fwd_over_rev=True, **options)
+
+
+def test_the_second_derivative_is_that_of_the_plain_formula_also_for_confident_pairs(device):
+    tensors = pairs(12, 4, torch.float32, device, scale=60.0, bias=-1.0)
+
+    def second(function, tensors):
+        tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
+        grads = torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    actual = second(lambda *t: ts.siglip_loss(*t, chunk_size=5), tensors)
+    for one, other in zip(actual, second(plain, [tensor.double() for tensor in tensors])):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms(device):
+    tensors = pairs(5, 3, torch.float64, device)
+    numbers = (0, 1, 2, 3)
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        actual, expected = (transform(function, numbers)(*tensors) for function in (ts.siglip_loss, plain))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    batch = [torch.stack([tensor, -tensor]) for tensor in tensors]
+    actual, expected = (torch.vmap(torch.func.grad(function, numbers))(*batch) for function in (ts.siglip_loss, plain))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_torch_compile_sees_the_whole_graph(device):
+    torch._dynamo.reset()
+    tensors = pairs(6, 3, torch.float64, device)
+    compiled = torch.compile(lambda *t: ts.siglip_loss(*t, chunk_size=4), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        value_and_gradients(compiled, tensors), value_and_gradients(plain, tensors), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_no_gradient_is_lost_where_a_pair_is_certain(device):
+    """In bf16 σ of a logit of 10 rounds to 1; a pair that belongs together keeps a gradient of -σ(-10)."""
+    image = torch.eye(2, dtype=torch.bfloat16, device=device)
+    _, to_image, *_ = value_and_gradients(lambda image, text: ts.siglip_loss(image, text, 10.0, 0.0), [image, image])
+    expected = -10.0 / (1 + torch.tensor(10.0, dtype=torch.float64).exp())
+    torch.testing.assert_close(to_image[0, 0].double().cpu(), expected, rtol=8e-3, atol=0)
+
+
+def test_only_the_features_and_two_numbers_are_saved(device):
+    tensors = [tensor.requires_grad_() for tensor in pairs(40, 8, torch.float32, device)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = ts.siglip_loss(*tensors, chunk_size=7)
+    assert {each.untyped_storage().data_ptr() for each in saved} == {each.untyped_storage().data_ptr() for each in tensors}
+    first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_matrix_of_all_pairs_is_never_there(device):
+    """The largest tensor of forward and backward is a chunk of it, whatever operators run."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for each in torch.utils._pytree.tree_leaves(result):
+                if isinstance(each, torch.Tensor):
+                    self.elements = max(self.elements, each.numel())
+            return result
+
+    size, chunk_size = 200, 10
+    tensors = [tensor.requires_grad_() for tensor in pairs(size, 4, torch.float32, device)]
+    with Largest() as largest:
+        ts.siglip_loss(*tensors, chunk_size=chunk_size).backward()
+    assert largest.elements == chunk_size * size
+
+
+def test_scale_and_bias_as_numbers_and_of_one_element(device):
+    image, text, scale, bias = pairs(7, 4, torch.float32, device)
+    expected = ts.siglip_loss(image, text, scale, bias)
+    assert torch.equal(ts.siglip_loss(image, text, 10.0, -3), expected)
+    assert torch.equal(
+        ts.SigLIPLoss(chunk_size=3)(image, text, scale, bias), ts.siglip_loss(image, text, scale, bias, chunk_size=3)
+    )
+    torch.testing.assert_close(ts.siglip_loss(image, text, scale), plain(image, text, scale, None))
+    one = scale.reshape(1).requires_grad_()
+    ts.siglip_loss(image, text, one, torch.tensor(-3.0)).backward()
+    assert one.grad.shape == (1,)
+    assert repr(ts.SigLIPLoss()) == "SigLIPLoss(chunk_size=256)"
+
+
+def test_autocast_multiplies_in_16_bit_and_gives_fp32(device):
+    tensors = [tensor.requires_grad_() for tensor in pairs(9, 8, torch.float32, device)]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = ts.siglip_loss(*tensors)
+    grads = torch.autograd.grad(loss, tensors)
+    assert loss.dtype is torch.float32
+    assert all(grad.dtype is torch.float32 for grad in grads)
+    rounded = [tensor.detach().bfloat16() for tensor in tensors[:2]] + [tensor.detach() for tensor in tensors[2:]]
+    expected = value_and_gradients(ts.siglip_loss, rounded)
+    torch.testing.assert_close(loss.detach(), expected[0].float(), rtol=8e-3, atol=0)
+    torch.testing.assert_close(grads[0], expected[1].float() / 2, rtol=2e-2, atol=1e-4)
+
+
+def test_layouts_of_features(device):
+    image, text, scale, bias = pairs(12, 6, torch.float32, device)
+    expected = value_and_gradients(ts.siglip_loss, (image, text, scale, bias))
+    strided = image.mT.contiguous().mT, torch.cat([text, text], 1)[:, :6], scale, bias
+    torch.testing.assert_close(value_and_gradients(ts.siglip_loss, strided), expected)
+
+
+def test_an_empty_batch(device):
+    empty = torch.zeros(0, 4, device=device, requires_grad=True)
+    loss = ts.siglip_loss(empty, empty, 10.0, -10.0)
+    assert loss.isnan()
+    loss.backward()
+    assert empty.grad.shape == (0, 4)
+
+
+features = torch.zeros(4, 3)
+BAD = {
+    "no tensor": (lambda: ts.siglip_loss([1.0], features, 1.0), TypeError, "image_features must be a torch.Tensor, got list"),
+    "unequal width": (lambda: ts.siglip_loss(features, torch.zeros(4, 2), 1.0), ValueError, r"got \(4, 3\) and \(4, 2\)"),
+    "unequal batch": (lambda: ts.siglip_loss(features, torch.zeros(5, 3), 1.0), ValueError, r"got \(4, 3\) and \(5, 3\)"),
+    "no matrices": (lambda: ts.siglip_loss(features[0], features[0], 1.0), ValueError, r"of one shape \(B, D\), got \(3,\)"),
+    "chunk_size 0": (lambda: ts.siglip_loss(features, features, 1.0, chunk_size=0), ValueError, "at least 1, got 0"),
+    "chunk_size 1.5": (lambda: ts.siglip_loss(features, features, 1.0, chunk_size=1.5), TypeError, "an int, got float"),
+    "two scales": (
+        lambda: ts.siglip_loss(features, features, torch.ones(2)),
+        ValueError,
+        r"logit_scale must have one element, got",
+    ),
+    "a scale that is no number": (
+        lambda: ts.siglip_loss(features, features, "10"),
+        TypeError,
+        "logit_scale must be .* got str",
+    ),
+    "two devices": (
+        lambda: ts.siglip_loss(features, features.to("meta"), 1.0),
+        ValueError,
+        "image_features on cpu and text_features on meta",
+    ),
+    "integers": (lambda: ts.siglip_loss(features.long(), features.long(), 1.0), TypeError, "got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad):
+    call, error, message = BAD[bad]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_kernels_of_a_chunk(device, monkeypatch):
+    if not runs_kernels(device):
+        pytest.skip("counts kernels")
+    from torch_sigmoid.kernels import siglip as kernels
+
+    launches = []
+    for name in ("_forward", "_gradient"):
+        launch = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *t, launch=launch, name=name: launches.append(name) or launch(*t))
+    tensors = [tensor.requires_grad_() for tensor in pairs(20, 4, torch.float32, device)]
+    ts.siglip_loss(*tensors, chunk_size=10).backward()
+    assert launches == ["_forward"] * 2 + ["_gradient"] * 2
+
+
+# What each of the ranks runs: features of its own, the loss and its gradients over the group, written to a file.
+RANK = """
+import sys, torch, torch.distributed as dist
+import torch_sigmoid as ts
+
+folder, rank, size, wrong = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+image, text, scale, bias = torch.load(f"{folder}/all.pt")
+own = slice(rank * len(image) // size, (rank + 1) * len(image) // size)
+tensors = [each.clone().requires_grad_() for each in (image[own], text[own], scale, bias)]
+results = []
+if wrong == "batch":
+    try:
+        ts.siglip_loss(*(each[: len(each) - rank] for each in tensors[:2]), *tensors[2:], group=dist.group.WORLD)
+    except ValueError as error:
+        results.append(str(error))
+elif wrong == "create_graph":
+    loss = ts.siglip_loss(*tensors, group=dist.group.WORLD)
+    try:
+        torch.autograd.grad(loss, tensors, create_graph=True)
+    except RuntimeError as error:
+        results.append(str(error))
+else:
+    for _ in range(2):
+        loss = ts.siglip_loss(*tensors, chunk_size=3, group=dist.group.WORLD)
+        results.append([loss.detach(), *torch.autograd.grad(2 * loss, tensors)])
+dist.barrier()
+torch.save(results, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(folder, size, tensors, wrong="nothing"):
+    torch.save(tuple(tensors), folder / "all.pt")
+    script = folder / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+    environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, folder, str(rank), str(size), wrong], env=environment, cwd=ROOT)
+        for rank in range(size)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+distributed = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+@distributed
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (2, torch.bfloat16), (3, torch.float32)], ids=str)
+def test_ranks_have_the_loss_and_the_averaged_gradients_of_the_gathered_batch(size, dtype, tmp_path):
+    tensors = pairs(size * 8, 6, dtype, "cpu")
+    loss, to_image, to_text, to_scale, to_bias = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=3), tensors)
+    ranks = run_ranks(tmp_path, size, tensors)
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+
+    def close(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+    for results in ranks:
+        # The second call, over the same ring, gives the same.
+        assert all(map(torch.equal, *results))
+        close(results[0][0], loss)
+    # As DistributedDataParallel averages the gradients of what is upstream of the features.
+    first = [results[0] for results in ranks]
+    close(torch.cat([each[1] for each in first]) / size, to_image)
+    close(torch.cat([each[2] for each in first]) / size, to_text)
+    close(sum(each[3] for each in first) / size, to_scale)
+    close(sum(each[4] for each in first) / size, to_bias)
+
+
+@distributed
+def test_a_rank_with_another_batch_size_is_an_error_on_every_rank(tmp_path):
+    for (message,) in run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "batch"):
+        assert message.endswith("all ranks must have features of one shape, got (4, 3), (3, 3)")
+
+
+@distributed
+def test_a_second_derivative_over_a_group_is_an_error(tmp_path):
+    for (message,) in run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "create_graph"):
+        assert "no second derivative" in message
+
+
+def test_a_group_of_one_needs_nobody(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        tensors = pairs(5, 3, torch.float64, "cpu")
+        group = torch.distributed.group.WORLD
+        actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, group=group), tensors)
+        torch.testing.assert_close(actual, value_and_gradients(ts.siglip_loss, tensors))
+        assert ts.SigLIPLoss(group=group).extra_repr().endswith("distributed")
+    finally:
+        torch.distributed.destroy_process_group()
+        siglip._calls.clear()

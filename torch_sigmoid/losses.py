@@ -1,0 +1,250 @@
+"""The binary losses, on values and in autograd: binary cross entropy with logits, and sigmoid focal loss.
+
+One Triton kernel each for forward, backward and double backward where that can run, reduction included; else the same formulas
+in torch operators. Two Functions, which save what they were given and nothing else:
+
+    loss = L(x, target, …)                  LossFunction            saves x, target and weights
+    grad_x = grad_output·L'                 LossBackwardFunction    saves grad_output and the same
+
+They differentiate in x alone, in ordinary reverse mode. Where a gradient of target or weights is asked for, under transforms,
+forward mode and tracers, the formula itself is recorded: autograd then derives every derivative, in all of its arguments.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import ops
+from .autograd import differentiable_again
+from .gates import FAR, exp_scaled
+from .ops import kernels
+
+# e^80 and its reciprocal are normal numbers in fp32.
+NEAR = 80.0
+# Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
+GAMMA_BITS, LOG_STEPS = 8, 64.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """v·ℓ(x), elementwise or reduced; see kernels/maths.py for ℓ. Binary cross entropy if `gamma` is 0."""
+
+    gamma: float = 0.0
+    alpha: float | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    reduction: str = "mean"
+
+    def parts(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None):
+        """v, and the positive and the negative part of the target, in the dtype of x."""
+        positive, v = target.to(x.dtype), 1.0
+        negative = 1 - positive
+        if self.label_smoothing:
+            keep, spread = 1 - self.label_smoothing, self.label_smoothing / 2
+            positive, negative = positive * keep + spread, negative * keep + spread
+        if self.alpha is not None:
+            v = self.alpha * positive + (1 - self.alpha) * negative
+        if weight is not None:
+            v = v * weight.to(x.dtype)
+        if pos_weight is not None:
+            positive = positive * pos_weight.to(x.dtype)
+        return v, positive, negative
+
+    def elements(self, order: int, scale: Tensor | float, x: Tensor, target, weight, pos_weight, targets_vary: bool) -> Tensor:
+        """scale·v·ℓ(x), or of its `order`th derivative in x; 0 where ignored. `x` is fp32 or fp64."""
+        if self.ignore_index is not None:
+            # Whatever is there, its derivatives are to be 0 and not NaN.
+            ignored = target == self.ignore_index
+            x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
+        v, positive, negative = self.parts(x, target, weight, pos_weight)
+        result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+        return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
+
+    def count(self, target: Tensor) -> Tensor | None:
+        """What a mean is divided by, where that is not the number of elements."""
+        if self.reduction == "mean" and self.ignore_index is not None:
+            return (target != self.ignore_index).sum()
+        return None
+
+    def reduced(self, elements: Tensor, count: Tensor | None) -> Tensor:
+        if self.reduction == "none":
+            return elements
+        total = elements.sum()
+        return total if self.reduction == "sum" else total / (elements.numel() if count is None else count)
+
+    def formula(self, x, target, weight, pos_weight, dtype: torch.dtype, targets_vary: bool = True) -> Tensor:
+        elements = self.elements(0, 1.0, wide(x), target, weight, pos_weight, targets_vary)
+        return self.reduced(elements, self.count(target)).to(dtype)
+
+    def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
+        """The gradient that reaches each element."""
+        if self.reduction != "mean":
+            return grad_output
+        return grad_output / (x.numel() if count is None else count)
+
+    def backward_formula(self, grad_output, x, target, weight, pos_weight, count) -> Tensor:
+        grad = self.upstream(grad_output.to(wide(x).dtype), x, count)
+        return self.elements(1, grad, wide(x), target, weight, pos_weight, False).to(x.dtype)
+
+    def double_backward_formula(self, w, grad_output, x, target, weight, pos_weight, count):
+        w = self.upstream(w.to(wide(x).dtype), x, count)
+        to_x = self.elements(2, w * grad_output.to(w.dtype), wide(x), target, weight, pos_weight, False)
+        to_grad_output = self.elements(1, w, wide(x), target, weight, pos_weight, False)
+        if self.reduction != "none":
+            to_grad_output = to_grad_output.sum()
+        return to_grad_output.to(grad_output.dtype), to_x.to(x.dtype)
+
+    def forward(self, x, target, weight, pos_weight, dtype):
+        """The loss, and the count that its mean is divided by, if that is not the number of elements."""
+        if x.numel() and launchable(x, target, weight, pos_weight):
+            return kernels.losses.loss_forward(x, target, weight, pos_weight, self, dtype)
+        return self.formula(x, target, weight, pos_weight, dtype, targets_vary=False), self.count(target)
+
+    def backward(self, grad_output, x, target, weight, pos_weight, count):
+        if x.numel() and launchable(x, grad_output, target, weight, pos_weight, count):
+            return kernels.losses.loss_backward(grad_output, x, target, weight, pos_weight, count, self)
+        return self.backward_formula(grad_output, x, target, weight, pos_weight, count)
+
+    def double_backward(self, w, grad_output, x, target, weight, pos_weight, count):
+        if x.numel() and launchable(x, w, grad_output, target, weight, pos_weight, count):
+            return kernels.losses.loss_double_backward(w, grad_output, x, target, weight, pos_weight, count, self)
+        return self.double_backward_formula(w, grad_output, x, target, weight, pos_weight, count)
+
+
+def wide(x: Tensor) -> Tensor:
+    return ops.upcast(x)[0]
+
+
+def launchable(x: Tensor, *others: Tensor | None) -> bool:
+    return ops.launchable(x, *(tensor for tensor in others if tensor is not None))
+
+
+def weighted_loss(
+    v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int, targets_vary: bool
+) -> Tensor:
+    """v·ℓ(x), v·ℓ'(x) or v·ℓ"(x), by `order`: see kernels/maths.py, whose formulas these are.
+
+    Differentiable in v and x; for order 0 and `targets_vary` in positive and negative too.
+    """
+    above = x >= 0
+    distance = torch.where(above, x, -x)
+    near = distance.clamp(max=FAR)
+    wrong, right = torch.where(above, negative, positive), torch.where(above, positive, negative)
+    e, scale = exp_scaled(-distance)
+    tail = e * scale
+    one_plus = 1 + tail
+    v_wrong, v_right = v * wrong, v * right
+    clear = wrong == 0
+    if order == 0 or gamma:
+        log_one = torch.log1p(tail)
+    if order == 0:
+        # 0·∞ is 0 here, and the derivative in v_wrong is what it is for others.
+        result = v_wrong * torch.where(v_wrong == 0, near, distance) + (v_wrong + v_right) * log_one
+    if order == 1 or (order == 2 and gamma):
+        slope = torch.where(clear, -v_right * e, v_wrong - v_right * tail) / one_plus
+        slope = result = slope * torch.where(clear, scale, 1.0)
+    if order == 2:
+        result = (v_wrong + v_right) * e / one_plus**2 * scale
+    if gamma:
+        # Each branch of a `where` is differentiated, so each is finite where the other is taken.
+        mixture = torch.where(clear, 1.0, wrong + right * tail)
+        log_clear = -near
+        if targets_vary:
+            log_clear = log_clear + torch.log(torch.where(clear, right + wrong * torch.exp(near.clamp(max=NEAR)), 1.0))
+        factor = power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
+        if order:
+            loss = v_wrong * near + (v_wrong + v_right) * log_one
+            q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
+        if order == 1:
+            result = result + gamma * loss * q
+        if order == 2:
+            bend = (gamma - 1) * q - (1 - tail) / one_plus
+            result = result + gamma * q * (2 * slope + loss * bend)
+        result = result * factor
+    return result if order != 1 else torch.where(above, result, -result)
+
+
+def power(gamma: float, first: Tensor, second: Tensor) -> Tensor:
+    """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
+    steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
+    fraction, exponent = math.frexp(gamma)
+    large = math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
+    return torch.exp(large * steps) * torch.exp((gamma - large) * steps + gamma * (first - steps + second))
+
+
+class LossFunction(Function):
+    """L(x, target, …), differentiable in x."""
+
+    @staticmethod
+    def forward(ctx, loss, dtype, x, target, weight, pos_weight):
+        result, count = loss.forward(x, target, weight, pos_weight, dtype)
+        ctx.loss = loss
+        ctx.save_for_backward(x, target, weight, pos_weight, count)
+        ctx.set_materialize_grads(False)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        nothing = (None,) * 6
+        if grad_output is None:
+            return nothing
+        return *nothing[:2], loss_backward(ctx.loss, grad_output, *ctx.saved_tensors), *nothing[3:]
+
+
+class LossBackwardFunction(Function):
+    """grad_output·L' as a differentiable function of grad_output and x."""
+
+    @staticmethod
+    def forward(ctx, loss, grad_output, *saved):
+        ctx.loss = loss
+        ctx.save_for_backward(grad_output, *saved)
+        ctx.set_materialize_grads(False)
+        return loss.backward(grad_output, *saved)
+
+    @staticmethod
+    def backward(ctx, w):
+        nothing = (None,) * 7
+        if w is None:
+            return nothing
+        loss = ctx.loss
+        derive = loss.double_backward_formula if differentiable_again() else loss.double_backward
+        return nothing[0], *derive(w, *ctx.saved_tensors), *nothing[3:]
+
+
+_apply = super(Function, LossFunction).apply
+_apply_backward = super(Function, LossBackwardFunction).apply
+
+
+def loss_backward(loss: Loss, grad_output: Tensor, x: Tensor, *others: Tensor | None) -> Tensor:
+    """grad_output·L', differentiable where that is asked for."""
+    if not differentiable_again():
+        return loss.backward(grad_output, x, *others)
+    if torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
+        return loss.backward_formula(grad_output, x, *others)
+    return _apply_backward(loss, grad_output, x, *others)
+
+
+def apply(
+    loss: Loss, dtype: torch.dtype, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> Tensor:
+    """The loss in `dtype`, recorded where anything listens."""
+    if (
+        ops.only_torch_operators_are_seen()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (
+            torch.is_grad_enabled()
+            and any(tensor is not None and tensor.requires_grad for tensor in (target, weight, pos_weight))
+        )
+    ):
+        return loss.formula(x, target, weight, pos_weight, dtype)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return loss.forward(x, target, weight, pos_weight, dtype)[0]
+    # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
+    unwrap = torch._C._functorch.unwrap_if_dead
+    tensors = [None if tensor is None else unwrap(tensor) for tensor in (x, target, weight, pos_weight)]
+    return _apply(loss, dtype, *tensors)

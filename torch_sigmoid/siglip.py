@@ -1,0 +1,236 @@
+"""The sigmoid loss of image-text pairs (Zhai et al. 2023, SigLIP), in chunks of the matrix of all pairs.
+
+    l = scale·⟨image_i, text_j⟩ + bias        loss = Σ_ij log(1 + e^z)/B        z = -l for i = j, else l
+
+    G = ∂Σ/∂l = -σ(z) or σ(z)
+    grad_image = scale/B·G·text    grad_text = scale/B·Gᵀ·image    grad_scale = ΣG·⟨image, text⟩/B    grad_bias = ΣG/B
+
+Only `chunk_size` rows of the matrix exist at a time, in forward and, computed again, in backward: the features and two numbers
+are what is saved. Distributed, the texts pass from rank to rank around a ring, and in backward their gradients with them.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from . import ops
+from .autograd import differentiable_again
+from .gates import weighted
+from .ops import kernels
+
+
+def _chunks(image: Tensor, chunk_size: int):
+    """The rows of each chunk; of an empty batch one chunk, without rows."""
+    return [slice(start, start + chunk_size) for start in range(0, max(1, image.shape[0]), chunk_size)]
+
+
+def _labels(rows: slice, image: Tensor, is_own: bool) -> Tensor:
+    """The column that belongs to each of these rows; -1 if none does, the texts being another rank's."""
+    start, stop, _ = rows.indices(image.shape[0])
+    if is_own:
+        return torch.arange(start, stop, device=image.device)
+    return torch.full((stop - start,), -1, device=image.device)
+
+
+def _launchable(similarity: Tensor, scale: Tensor, bias: Tensor) -> bool:
+    return similarity.shape[1] > 1 and ops.launchable(similarity, scale, bias)
+
+
+def _pairs_sum(similarity: Tensor, rows: slice, is_own: bool, scale: Tensor, bias: Tensor, image: Tensor) -> Tensor:
+    """Σ log(1 + e^z) over some rows; `similarity` is overwritten where it is worked on in torch operators."""
+    if _launchable(similarity, scale, bias):
+        return kernels.siglip.pairs_forward(similarity, _labels(rows, image, is_own), scale, bias)
+    logits = ops.upcast(similarity)[0].mul_(scale).add_(bias)
+    if is_own:
+        logits.diagonal(rows.start).neg_()
+    return -torch.nn.functional.logsigmoid(logits.neg_()).sum()
+
+
+def _pairs_gradient(similarity: Tensor, rows: slice, is_own: bool, scale: Tensor, bias: Tensor, image: Tensor):
+    """G in the dtype of `similarity`, which is overwritten, with ΣG·s and ΣG."""
+    if _launchable(similarity, scale, bias):
+        return similarity, *kernels.siglip.pairs_gradient(similarity, _labels(rows, image, is_own), scale, bias)
+    (wide,) = ops.upcast(similarity)
+    gradient = wide * scale + bias
+    if is_own:
+        gradient.diagonal(rows.start).neg_()
+    gradient.sigmoid_()
+    if is_own:
+        gradient.diagonal(rows.start).neg_()
+    return gradient.to(similarity.dtype), torch.dot(gradient.flatten(), wide.flatten()), gradient.sum()
+
+
+class Ring:
+    """The ranks of a process group, each of which sends to the next and receives from the one before."""
+
+    def __init__(self, group):
+        self.group = group
+        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.next, self.before = (dist.get_global_rank(group, (rank + step) % self.size) for step in (1, -1))
+
+    def exchange(self, tensor: Tensor):
+        """Sends a contiguous tensor on; returns a function that waits for its counterpart and gives it."""
+        received = torch.empty_like(tensor)
+        sending = dist.P2POp(dist.isend, tensor, self.next, self.group)
+        works = dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, self.before, self.group)])
+
+        def wait():
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
+
+    def texts(self, text: Tensor):
+        """Each rank's texts in turn, one's own first; the next are under way while the present ones are worked on."""
+        for step in range(self.size):
+            pending = self.exchange(text) if step + 1 < self.size else None
+            yield text
+            if pending is not None:
+                text = pending()
+
+    def mean(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=self.group)
+        return value / self.size
+
+
+class Alone:
+    """A ring of one."""
+
+    def texts(self, text: Tensor):
+        yield text
+
+    def exchange(self, tensor: Tensor):
+        return lambda: tensor
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value
+
+
+def _sum_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class SigLIPFunction(Function):
+    """The loss, differentiable in features, scale and bias, which are what is saved."""
+
+    @staticmethod
+    def forward(ctx, image, text, scale, bias, chunk_size, group, dtype):
+        ctx.save_for_backward(image, text, scale, bias)
+        ctx.chunk_size = chunk_size
+        ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
+        total = torch.zeros((), dtype=_sum_type(image), device=image.device)
+        with torch.autocast(image.device.type, enabled=False):
+            for step, texts in enumerate(ring.texts(text)):
+                for rows in _chunks(image, chunk_size):
+                    total += _pairs_sum(image[rows] @ texts.mT, rows, step == 0, scale, bias, image)
+        return ring.mean(total / image.shape[0]).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        image, text, scale, bias = ctx.saved_tensors
+        if differentiable_again():
+            if isinstance(ctx.ring, Ring):
+                raise RuntimeError("siglip_loss(): with a process group there is no second derivative; got create_graph=True")
+            return *gradients_formula(grad_output, image, text, scale, bias, ctx.chunk_size), None, None, None
+        grads = gradients(image, text, scale, bias, ctx.chunk_size, ctx.ring)
+        grad = grad_output.to(grads[0].dtype) / image.shape[0]
+        factors, tensors = (grad * scale, grad * scale, grad, grad), (image, text, scale, bias)
+        return *((each * factor).to(of.dtype) for each, factor, of in zip(grads, factors, tensors)), None, None, None
+
+
+def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring):
+    """G·text, Gᵀ·image, ΣG·⟨image, text⟩ and ΣG; the second one's texts come home around the ring."""
+    dtype = _sum_type(image)
+    to_image, to_texts = (torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in (image, text))
+    to_scale, to_bias = (torch.zeros((), dtype=dtype, device=image.device) for _ in range(2))
+    with torch.autocast(image.device.type, enabled=False):
+        for step, texts in enumerate(ring.texts(text)):
+            for rows in _chunks(image, chunk_size):
+                pairs, of_scale, of_bias = _pairs_gradient(image[rows] @ texts.mT, rows, step == 0, scale, bias, image)
+                to_scale += of_scale
+                to_bias += of_bias
+                if dtype is image.dtype:
+                    to_image[rows].addmm_(pairs, texts)
+                    to_texts.addmm_(pairs.mT, image[rows])
+                else:
+                    to_image[rows] += pairs @ texts
+                    to_texts += pairs.mT @ image[rows]
+            to_texts = ring.exchange(to_texts)()
+    return to_image, to_texts, to_scale, to_bias
+
+
+def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor):
+    """⟨image, text⟩ of some rows, z, and which pairs belong together; differentiable."""
+    (similarity,) = ops.upcast(image[rows] @ text.mT)
+    logits = similarity * scale + bias
+    together = torch.zeros_like(logits, dtype=torch.bool)
+    together.diagonal(rows.start).fill_(True)
+    return similarity, torch.where(together, -logits, logits), together
+
+
+def formula(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """The loss in torch operators, differentiable in whatever way."""
+    total = torch.zeros((), dtype=_sum_type(image), device=image.device)
+    for rows in _chunks(image, chunk_size):
+        _, z, _ = _logits(image, text, rows, scale, bias)
+        total = total + weighted(-1.0, -z, "logsigmoid", 0).sum()
+    return (total / image.shape[0]).to(dtype)
+
+
+def gradients_formula(grad_output: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int):
+    """The gradients as differentiable expressions, computed again chunk by chunk for each further derivative."""
+    grad = grad_output.to(_sum_type(image)) / image.shape[0]
+
+    def of_chunk(grad, image, text, scale, bias, rows):
+        similarity, z, together = _logits(image, text, rows, scale, bias)
+        pairs = weighted(torch.where(together, -grad, grad), z, "sigmoid", 0)
+        wide_image, wide_text = ops.upcast(image[rows], text)
+        return scale * (pairs @ wide_text), scale * (pairs.mT @ wide_image), (pairs * similarity).sum(), pairs.sum()
+
+    parts = [
+        checkpoint(of_chunk, grad, image, text, scale, bias, rows, use_reentrant=False) for rows in _chunks(image, chunk_size)
+    ]
+    to_image, *others = zip(*parts)
+    results = torch.cat(to_image), *(sum(each[1:], each[0]) for each in others)
+    return tuple(result.to(of.dtype) for result, of in zip(results, (image, text, scale, bias)))
+
+
+_apply = super(Function, SigLIPFunction).apply
+
+
+def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, group, dtype: torch.dtype) -> Tensor:
+    """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
+    if (
+        ops.only_torch_operators_are_seen()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or not image.numel()
+    ):
+        if group is not None and dist.get_world_size(group) > 1:
+            raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
+        return formula(image, text, scale, bias, chunk_size, dtype)
+    tensors = map(torch._C._functorch.unwrap_if_dead, (image, text, scale, bias))
+    return _apply(*tensors, chunk_size, group, dtype)
+
+
+_calls: dict[str, int] = {}
+
+
+def batches_of(group, shape: tuple[int, ...]) -> list[str]:
+    """The shape of each rank's texts, told over the group's store: the host talks, and no device is waited for."""
+    store = dist.distributed_c10d._get_process_group_store(group)
+    call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def key(call, rank):
+        return f"torch_sigmoid/siglip/{call}/{rank}"
+
+    store.set(key(call, rank), str(tuple(shape)))
+    shapes = [store.get(key(call, other)).decode() for other in range(size)]
+    if call > 1:
+        # Every rank has begun this call, so all have read what was told for the last one.
+        store.delete_key(key(call - 1, rank))
+    return shapes
