@@ -10,6 +10,7 @@ import torch
 
 from . import record
 
+OTHERS = ("gates", "losses", "siglip")
 # Each in a process of its own: what one leaves compiled, patched or allocated is nothing to the next.
 PARTS = {
     "accuracy": ["benchmarks.accuracy"],
@@ -20,8 +21,9 @@ PARTS = {
     "watch": ["benchmarks.watch"],
     "speed on the CPU": ["benchmarks.speed", "--device", "cpu"],
     "speed on the GPU": ["benchmarks.speed", "--device", "cuda"],
-    "the gates' speed on the CPU": ["benchmarks.speed", "--device", "cpu", "--operators", "gates"],
-    "the gates' speed on the GPU": ["benchmarks.speed", "--device", "cuda", "--operators", "gates"],
+    "the gates' and losses' speed on the CPU": ["benchmarks.speed", "--device", "cpu", "--operators", *OTHERS],
+    "the gates' and losses' speed on the GPU": ["benchmarks.speed", "--device", "cuda", "--operators", *OTHERS],
+    "pairs": ["benchmarks.siglip"],
 }
 
 

@@ -14,13 +14,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import record, vanishing
+from . import record, speed, vanishing
 from .operators import operators
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
-# Of the gates' times, those that the README shows.
+# Of the gates' and losses' times, those that the README shows; SigLIP's are of 256 and 1024 pairs, on a GPU of 4096.
 SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24),)
+SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 18)), (("bf16", 1 << 20),)
 NOT_MEASURED = "not measured yet"
 
 
@@ -195,34 +196,42 @@ def watch_table(watch, folder):
     return f"{markdown(('watch', 'µs a step', 'overhead'), rows)}\n\n{about}: {source(folder, 'watch', watch)}"
 
 
-def ratios(gates, operator, shown):
+def ratios(rows, operator, shown):
     """Our time over torch's, forward and backward, at each of the dtypes and sizes shown."""
-    rows = {
+    by = {
         (row["dtype"], row["n"]): row["time / torch"]
-        for row in gates["rows"]
+        for row in rows
         if (row["operator"], row["provider"], row["mode"]) == (operator, "ours", "both")
     }
-    return " / ".join(f"{rows[key]:.2f}" if key in rows else NOT_MEASURED for key in shown)
+    return " / ".join(f"{by[key]:.2f}" if key in by else NOT_MEASURED for key in shown)
 
 
 def operators_table(cpu, gpus):
     """What each operator launches and keeps, and its time over torch's on the CPU and on every GPU."""
     counts = record.read(cpu, "counts")
-    timed = {folder: gates for folder in (cpu, *gpus) if (gates := record.read(folder, "gates"))}
-    measured = [folder for folder in gpus if folder in timed]
+    files = [name for family, name in speed.FILES.items() if family != "sigmoid"]
+    timed = {(folder, name): results for folder in (cpu, *gpus) for name in files if (results := record.read(folder, name))}
+    measured = list(dict.fromkeys(folder for folder, _ in timed if folder != cpu))
     by = {(row["operator"], row["provider"]): row for row in counts["rows"]}
+
+    def times(folder, name, shown):
+        results = timed.get((folder, speed.FILES[operators()[name].family]))
+        return ratios(results["rows"], name, shown) if results else NOT_MEASURED
+
     lines = []
     for name in dict.fromkeys(name for name, _ in by):
         both = by[name, "torch"], by[name, "ours"]
         kernels = [" / ".join(str(row[order]) for order in ("forward", "backward", "double backward")) for row in both]
+        is_siglip = operators()[name].family == "siglip"
+        on_cpu, on_gpu = (SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU) if is_siglip else (SHOWN_ON_CPU, SHOWN_ON_GPU)
         lines.append(
             [
                 f"`{name}`",
                 operators()[name].written,
                 " → ".join(kernels),
-                " → ".join(f"{row['saved']:g}" for row in both),
-                ratios(timed[cpu], name, SHOWN_ON_CPU) if cpu in timed else NOT_MEASURED,
-                *(ratios(timed[folder], name, SHOWN_ON_GPU) for folder in measured),
+                " → ".join(f"{row['saved']:.4g}" for row in both),
+                times(cpu, name, on_cpu),
+                *(times(folder, name, on_gpu) for folder in measured),
                 *([] if measured else [NOT_MEASURED]),
             ]
         )
@@ -230,14 +239,29 @@ def operators_table(cpu, gpus):
         "operator",
         "formula",
         "kernels forward / backward / double backward, torch → ours",
-        "saved, in tensors of the output's size, torch → ours",
+        "saved, in tensors of the output's size (a loss's: of the logits'), torch → ours",
         "CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements",
     ]
-    columns += [f"{timed[folder]['environment']['device']}, time ÷ torch's, bf16, 2²⁴ elements" for folder in measured]
+    devices = {folder: results["environment"]["device"] for (folder, _), results in timed.items()}
+    columns += [f"{devices[folder]}, time ÷ torch's, bf16, 2²⁴ elements" for folder in measured]
     columns += [] if measured else ["GPU, time ÷ torch's"]
     about = [f"Kernels and memory counted on {source(cpu, 'counts', counts)}"]
-    about += [f"Timed on {source(folder, 'gates', gates)}" for folder, gates in timed.items()]
+    about += [f"Timed on {source(folder, name, results)}" for (folder, name), results in timed.items()]
     return f"{markdown(columns, lines)}\n\n" + "\n".join(about)
+
+
+def pairs_table(pairs, folder):
+    """Peak memory and time of SigLIP over the number of pairs."""
+    by = {(row["pairs"], row["provider"]): row for row in pairs["rows"]}
+    lines = []
+    for size in dict.fromkeys(row["pairs"] for row in pairs["rows"]):
+        theirs, ours = by[size, "torch"], by[size, "ours"]
+        ratio = ours["peak MiB"] / theirs["peak MiB"]
+        seconds = f"{theirs['milliseconds']:.0f} → {ours['milliseconds']:.0f}"
+        lines.append((size, f"{theirs['peak MiB']:.0f} → {ours['peak MiB']:.0f}", f"{ratio:.2f}", seconds))
+    columns = ("pairs", "peak MiB, plain formula → ours", "ours ÷ plain", "ms, forward + backward")
+    about = f"Features of width {pairs['width']}, fp32, chunks of {pairs['chunk_size']}, above the features themselves"
+    return f"{markdown(columns, lines, right=columns)}\n\n{about}: {source(folder, 'pairs', pairs)}"
 
 
 def gpu_table(folders):
@@ -269,6 +293,7 @@ TABLES = {
     "code": code_table,
     "vanishing": vanishing_table,
     "watch": watch_table,
+    "pairs": pairs_table,
 }
 
 

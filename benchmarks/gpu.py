@@ -7,6 +7,8 @@
     exhaustive  forward and gradient of every fp16, bf16 and fp32 input (N1)
     speed       time over size, dtype and layout
     gates       the same of the gates, over fewer sizes
+    losses      the same of the losses
+    pairs       peak memory and time of SigLIP over the number of pairs
     host        cost of a call and of a layer, eager and under CUDA graphs
     memory      saved and peak bytes
     watch       what a GradientWatch costs a training step
@@ -49,6 +51,8 @@ def commands(out: Path) -> dict[str, list[str]]:
         "exhaustive": ["-m", "benchmarks.accuracy", *out_option],
         "speed": [*timed, "--operators", "sigmoid", *out_option],
         "gates": [*timed, "--operators", "gates", *out_option],
+        "losses": [*timed, "--operators", "losses", "siglip", *out_option],
+        "pairs": ["-m", "benchmarks.siglip", *out_option],
         "host": ["-m", "benchmarks.host", *out_option],
         "memory": ["-m", "benchmarks.memory", *out_option],
         "watch": ["-m", "benchmarks.watch", *out_option],

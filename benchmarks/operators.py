@@ -112,12 +112,19 @@ def _of_package(path: str) -> Callable[..., Tensor] | None:
         return None
 
 
-def gate(written, formula, ours, operands, columns=4096, **packages) -> Operator:
+def providers(formula, ours, packages) -> dict[str, Provider]:
     """`packages`: the names of packages that have the operator, and where."""
     foreign = {name: function for name, path in packages.items() if (function := _of_package(path))}
-    providers = {"torch": Provider(formula), "torch.compile": compiled(formula), "ours": Provider(ours)}
-    providers |= {name: Provider(function, ("cuda",), foreign=True) for name, function in foreign.items()}
-    return Operator("gates", written, formula, operands, providers, columns)
+    table = {"torch": Provider(formula), "torch.compile": compiled(formula), "ours": Provider(ours)}
+    return table | {name: Provider(function, ("cuda",), foreign=True) for name, function in foreign.items()}
+
+
+def gate(written, formula, ours, operands, columns=4096, **packages) -> Operator:
+    return Operator("gates", written, formula, operands, providers(formula, ours, packages), columns)
+
+
+def loss(written, formula, ours, operands, constants, **packages) -> Operator:
+    return Operator("losses", written, formula, operands, providers(formula, ours, packages), 4096, constants)
 
 
 def gated(x, gate):
@@ -131,6 +138,25 @@ def swiglu(gate, up):
 def clamped_swiglu(gate, up):
     gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
     return gate * torch.sigmoid(ALPHA * gate) * (up + 1)
+
+
+def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
+    """As torchvision.ops has it: σ, the power of 1 - p_t, and their product."""
+    p = torch.sigmoid(inputs)
+    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
+    if alpha >= 0:
+        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def siglip_loss(image, text, scale, bias=None):
+    """As open_clip has it: the logits of all pairs, and log σ of them with the sign of each pair."""
+    logits = scale * image @ text.T
+    if bias is not None:
+        logits = logits + bias
+    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(image)
 
 
 def one(make, rows, columns):
@@ -152,6 +178,25 @@ def one_gate_a_row(make, rows, columns):
 def two_beyond_the_limit(make, rows, columns):
     """So wide that one in fifty is clamped."""
     return 3 * make(rows, columns), 3 * make(rows, columns)
+
+
+def logits_and_targets(make, rows, columns):
+    """One target in ten is 1."""
+    return make(rows, columns), (make(rows, columns) > 1.28).to(make(1).dtype)
+
+
+def with_weights_of_classes(make, rows, columns):
+    return *logits_and_targets(make, rows, columns), make(columns).abs(), make(columns).abs()
+
+
+def features(make, rows, columns):
+    """Of logits around -1 with a deviation of 1."""
+    scale = make(1)[0]
+    return make(rows, columns), make(rows, columns), torch.full_like(scale, columns**-0.5), torch.full_like(scale, -1.0)
+
+
+def weighted_cross_entropy(function):
+    return lambda x, t, weight, pos_weight: function(x, t, weight, pos_weight=pos_weight)
 
 
 @functools.cache
@@ -184,6 +229,35 @@ def operators() -> dict[str, Operator]:
             clamped_swiglu,
             functools.partial(torch_sigmoid.swiglu, alpha=ALPHA, limit=LIMIT),
             two_beyond_the_limit,
+        ),
+        "binary_cross_entropy_with_logits": loss(
+            "mean of t·log(1 + e⁻ˣ) + (1-t)·log(1 + eˣ)",
+            F.binary_cross_entropy_with_logits,
+            torch_sigmoid.binary_cross_entropy_with_logits,
+            logits_and_targets,
+            (1,),
+        ),
+        "binary_cross_entropy_with_logits, weighted": loss(
+            "the same with weights of classes, of their positive part too",
+            weighted_cross_entropy(F.binary_cross_entropy_with_logits),
+            weighted_cross_entropy(torch_sigmoid.binary_cross_entropy_with_logits),
+            with_weights_of_classes,
+            (1, 2, 3),
+        ),
+        "sigmoid_focal_loss": loss(
+            "mean of α_t·(1-p_t)^γ·BCE",
+            functools.partial(focal_loss, reduction="mean"),
+            functools.partial(torch_sigmoid.sigmoid_focal_loss, reduction="mean"),
+            logits_and_targets,
+            (1,),
+        ),
+        "siglip_loss": Operator(
+            "siglip",
+            "-Σ log σ(±(scale·⟨image_i, text_j⟩ + bias))/B",
+            siglip_loss,
+            features,
+            providers(siglip_loss, torch_sigmoid.siglip_loss, {}),
+            256,
         ),
     }
 

@@ -380,7 +380,7 @@ def _broadcast(x, target, weight, pos_weight):
 
 def partials(x, programs):
     """Memory for what each program sums up over x."""
-    return torch.empty(programs, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return torch.empty(programs, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32, device=x.device)
 
 
 def folded(sums, dtype):

@@ -4,7 +4,7 @@ logit l = scale·s + bias       z = -l for a pair that belongs together, else l
 loss      Σ log(1 + e^z)       gradient G = ∂loss/∂l = -σ(z) or σ(z), written over s, with ΣG·s and ΣG
 
 `scale` and `bias` are read on the device. Which column belongs to a row says `labels`; -1 means none.
-Sums are taken in two stages, as in losses.py.
+Each program leaves its sums, in fp32 (fp64 for fp64), for the caller to add up once all chunks of a matrix have left theirs.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import maths
 from .launch import SIZES, Launcher, load_tile, select_tile, store_tile
-from .losses import folded, partials, walk_of
+from .losses import walk, walk_of
 
 
 @triton.jit
@@ -150,23 +150,18 @@ _forward = Launcher(pairs_forward_kernel, arrange=_arrange, layouts_follow=False
 _gradient = Launcher(pairs_gradient_kernel, arrange=_arrange, layouts_follow=False)
 
 
-def _labels_of(similarity, labels):
-    return labels[:, None].expand(similarity.shape)
+def programs_of(n_rows, n_columns):
+    """How many sums a matrix of this shape leaves behind; no more than one of more rows."""
+    _, programs = walk((n_rows, n_columns), ((n_columns, 1), (1, 0)), 0)
+    return programs
 
 
-def pairs_forward(similarity, labels, scale, bias):
-    """Σ log(1 + e^z) over a contiguous matrix of more than one column, in fp32 (fp64 for fp64)."""
-    labels = _labels_of(similarity, labels)
-    _, programs = walk_of((similarity, labels), 0)
-    sums = partials(similarity, programs)
-    _forward((similarity, labels, scale, bias), (sums,))
-    return folded(sums, sums.dtype)
+def pairs_forward(similarity, labels, scale, bias, sums):
+    """Leaves sums of log(1 + e^z) over a contiguous matrix of more than one column."""
+    _forward((similarity, labels[:, None].expand(similarity.shape), scale, bias), (sums,))
 
 
-def pairs_gradient(similarity, labels, scale, bias):
-    """Writes G over the similarities; returns ΣG·s and ΣG."""
-    labels = _labels_of(similarity, labels)
-    _, programs = walk_of((similarity, labels), 0)
-    sums = partials(similarity, programs), partials(similarity, programs)
-    _gradient((similarity, labels, scale, bias), (similarity, *sums))
-    return tuple(folded(each, each.dtype) for each in sums)
+def pairs_gradient(similarity, labels, scale, bias, scale_sums, bias_sums):
+    """Writes G over the similarities, and leaves sums of G·s and of G."""
+    labels = labels[:, None].expand(similarity.shape)
+    _gradient((similarity, labels, scale, bias), (similarity, scale_sums, bias_sums))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import torch_sigmoid
-from benchmarks import counts, gpu, record, speed
+from benchmarks import counts, gpu, record, siglip, speed
 from benchmarks import operators as table
-from benchmarks.operators import TOLERANCE, Operator, Provider, operators
+from benchmarks.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
 from torch_sigmoid import kernels
 
 CPU = torch.device("cpu")
@@ -36,15 +36,15 @@ def test_every_provider_of_sigmoid_passes_its_check_in_every_layout(layout, dtyp
     assert speed.checked("sigmoid", operators()["sigmoid"], case, CPU).keys() == {"torch", "ours, output", "ours, input"}
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", [name for name in operators() if name != "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_provider_of_a_gate_passes_its_check(name, dtype):
+def test_every_provider_of_a_gate_or_loss_passes_its_check(name, dtype):
     for n in (64, 1 << 16):
         assert speed.checked(name, operators()[name], speed.Case(dtype, "dense", n), CPU).keys() == {"torch", "ours"}
 
 
 @pytest.mark.parametrize("layout", speed.LAYOUTS)
-@pytest.mark.parametrize("name", operators())
+@pytest.mark.parametrize("name", ["sigmoid", *GATES])
 def test_operands_are_laid_out_as_the_case_says(name, layout):
     operator = operators()[name]
     if (name, layout) == ("sigmoid_gate, broadcast", "channels last"):
@@ -96,7 +96,8 @@ def test_an_operand_may_have_no_gradient_and_an_output_no_dimension():
     assert speed.traffic(operator, operands, grad) == {"forward": 516, "backward": 772, "both": 1288}
     for mode in speed.MODES:
         speed.prepare(operator, operator.providers["torch"], mode, [(operands, grad)])(0)
-    assert counts.row_of("loss", operator, "torch")["forward"] == 1
+    # What torch runs within its one operator.
+    assert counts.row_of("loss", operator, "torch")["forward"] == 5
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,38 @@ def test_the_gates_have_a_file_of_their_own(monkeypatch, tmp_path):
     assert {row["operator"] for row in rows} == {"silu"}
 
 
+def test_the_losses_have_files_of_their_own(monkeypatch, tmp_path):
+    for family in ("losses", "siglip"):
+        monkeypatch.setitem(speed.PLANS, (family, "cpu"), speed.Plan((torch.float32,), (1 << 12,)))
+    assert speed.main(["--device", "cpu", "--operators", "losses", "siglip", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / "cpu").glob("*.json")} == {"losses.json", "siglip.json"}
+    for family in ("losses", "siglip"):
+        rows = json.loads((tmp_path / "cpu" / f"{family}.json").read_text())["rows"]
+        assert {row["operator"] for row in rows} == {name for name, each in operators().items() if each.family == family}
+
+
+@pytest.mark.skipif(not siglip.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
+def test_the_memory_of_pairs_is_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    assert siglip.main(["--device", "cpu", "--pairs", "300", "1500", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / "pairs.json").read_text())["rows"]
+    assert [(row["pairs"], row["provider"]) for row in rows] == [(n, name) for n in (300, 1500) for name in ("torch", "ours")]
+    theirs, ours = (row["peak MiB"] for row in rows[2:])
+    # Three matrices of all pairs at least.
+    assert theirs > 3 * 4 * 1500**2 / 2**20
+    assert ours < theirs
+    monkeypatch.setitem(siglip.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
+    assert siglip.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_siglip_at_4096_pairs_needs_less_than_a_quarter_of_the_plain_formulas_memory():
+    """On the CPU the committed results are of."""
+    rows = json.loads((record.RESULTS / "cpu" / "pairs.json").read_text())["rows"]
+    peaks = {row["provider"]: row["peak MiB"] for row in rows if row["pairs"] == 4096}
+    assert peaks["ours"] < peaks["torch"] / 4
+
+
 def test_an_unknown_operator_is_refused(capsys):
     with pytest.raises(SystemExit):
         speed.main(["--operators", "silu", "geglu"])
@@ -253,7 +286,7 @@ def test_counts_are_written(tmp_path):
     assert counts.main(["--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / "counts.json").read_text())["rows"]
     assert [(row["operator"], row["provider"]) for row in rows] == [
-        (name, label) for name in GATES for label in ("torch", "ours")
+        (name, label) for name in operators() if name != "sigmoid" for label in ("torch", "ours")
     ]
     committed = json.loads((record.RESULTS / "cpu" / "counts.json").read_text())["rows"]
     # Torch's differ from version to version.

@@ -11,19 +11,10 @@ from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, allowance, is_
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
+from benchmarks.operators import focal_loss as plain_focal
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 REDUCTIONS = ["none", "mean", "sum"]
-
-
-def plain_focal(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
-    """The formula of torchvision.ops.sigmoid_focal_loss."""
-    p = torch.sigmoid(inputs)
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
-    loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
-    if alpha >= 0:
-        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    return {"none": lambda each: each, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
 
 
 def exact(x, t, gamma):

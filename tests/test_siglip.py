@@ -12,18 +12,10 @@ from reference import random, runs_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
+from benchmarks.operators import siglip_loss as plain
 from torch_sigmoid import siglip
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def plain(image, text, scale, bias):
-    """As open_clip writes it."""
-    logits = scale * image @ text.T
-    if bias is not None:
-        logits = logits + bias
-    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(image)
 
 
 def pairs(size, width, dtype, device, scale=10.0, bias=-3.0):

@@ -634,7 +634,9 @@ def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weig
     _check_devices(caller, **{input_name: input, target_name: target})
     if debug.depth and not (_is_compiling() or _is_tracing()):
         _check_targets(caller, target_name, target, loss.ignore_index)
-    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    dtype = input.dtype
+    if target.dtype is not dtype and target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
     if dtype is torch.float64:
         input = input.double()
     elif _autocasts(input.device.type):

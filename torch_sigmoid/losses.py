@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn import functional as F
 
 from . import ops
 from .autograd import differentiable_again
-from .gates import FAR, exp_scaled
+from .gates import FAR, SHIFTED_FROM, exp_scaled
 from .ops import kernels
 
 # e^80 and its reciprocal are normal numbers in fp32.
@@ -60,7 +61,8 @@ class Loss:
             ignored = target == self.ignore_index
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
-        result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+        compute = weighted_loss_nearby if order < 2 and is_nearby(x) else weighted_loss
+        result = compute(scale * v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
 
     def count(self, target: Tensor) -> Tensor | None:
@@ -167,6 +169,35 @@ def weighted_loss(
     return result if order != 1 else torch.where(above, result, -result)
 
 
+def is_nearby(x: Tensor) -> bool:
+    """Whether only values are wanted, on a CPU, and no e^-|x| is lost; a NaN among x says nothing of the others."""
+    return (
+        x.device.type == "cpu"
+        and not differentiable_again()
+        and ops.computes_eagerly(x)
+        and x.numel() > 0
+        and bool(x.abs().amax() <= -SHIFTED_FROM)
+    )
+
+
+def weighted_loss_nearby(
+    v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int, targets_vary: bool
+) -> Tensor:
+    """`weighted_loss` of order 0 or 1 from the definitions, by torch's fused operators, at a fraction of the cost on a CPU."""
+    if order or gamma:
+        p, q = torch.sigmoid(x), torch.sigmoid(-x)
+    if order == 0 or gamma:
+        linear = negative * x.clamp(min=0) - positive * x.clamp(max=0)
+        loss = torch.addcmul(linear, positive + negative, F.logsigmoid(x.abs()), value=-1)
+    result = loss if order == 0 else torch.addcmul(negative * p, positive, q, value=-1)
+    if gamma:
+        u = torch.addcmul(positive * q, negative, p)
+        if order:
+            result.addcmul_(loss.mul_(negative - positive), p.mul_(q).div_(u), value=gamma)
+        result = result.mul_(u.pow_(gamma))
+    return result if isinstance(v, float) and v == 1 else v * result
+
+
 def power(gamma: float, first: Tensor, second: Tensor) -> Tensor:
     """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
     steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
@@ -243,7 +274,8 @@ def apply(
     ):
         return loss.formula(x, target, weight, pos_weight, dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return loss.forward(x, target, weight, pos_weight, dtype)[0]
+        with torch.no_grad():  # so that the formulas know that nothing listens
+            return loss.forward(x, target, weight, pos_weight, dtype)[0]
     # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
     unwrap = torch._C._functorch.unwrap_if_dead
     tensors = [None if tensor is None else unwrap(tensor) for tensor in (x, target, weight, pos_weight)]

@@ -26,40 +26,58 @@ def _chunks(image: Tensor, chunk_size: int):
     return [slice(start, start + chunk_size) for start in range(0, max(1, image.shape[0]), chunk_size)]
 
 
-def _labels(rows: slice, image: Tensor, is_own: bool) -> Tensor:
-    """The column that belongs to each of these rows; -1 if none does, the texts being another rank's."""
-    start, stop, _ = rows.indices(image.shape[0])
-    if is_own:
-        return torch.arange(start, stop, device=image.device)
-    return torch.full((stop - start,), -1, device=image.device)
+class Pairs:
+    """The pairs of one's images with the texts of each rank, chunk by chunk: what is summed up over them, and G.
 
+    What a chunk sums up, `kinds` of sums, stays in parts until all are there, which takes one addition for all of them.
+    """
 
-def _launchable(similarity: Tensor, scale: Tensor, bias: Tensor) -> bool:
-    return similarity.shape[1] > 1 and ops.launchable(similarity, scale, bias)
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, kinds: int, n_ranks: int, chunk_size: int):
+        self.scale, self.bias = scale, bias
+        self.rows = _chunks(image, chunk_size)
+        size = image.shape[0]
+        self.launches = size > 1 and ops.launchable(image, text, scale, bias)
+        programs = kernels.siglip.programs_of(min(chunk_size, size), size) if self.launches else 1
+        self.sums = image.new_zeros((n_ranks, len(self.rows), kinds, programs), dtype=_sum_type(image))
+        if self.launches:
+            self.labels = [torch.arange(size, device=image.device)]
+            self.labels += [torch.full((size,), -1, device=image.device)] * (n_ranks > 1)
 
+    def totals(self) -> Tensor:
+        """The sum of each kind."""
+        return self.sums.sum((0, 1, 3))
 
-def _pairs_sum(similarity: Tensor, rows: slice, is_own: bool, scale: Tensor, bias: Tensor, image: Tensor) -> Tensor:
-    """Σ log(1 + e^z) over some rows; `similarity` is overwritten where it is worked on in torch operators."""
-    if _launchable(similarity, scale, bias):
-        return kernels.siglip.pairs_forward(similarity, _labels(rows, image, is_own), scale, bias)
-    logits = ops.upcast(similarity)[0].mul_(scale).add_(bias)
-    if is_own:
-        logits.diagonal(rows.start).neg_()
-    return -torch.nn.functional.logsigmoid(logits.neg_()).sum()
+    def _labels(self, rank: int, chunk: int) -> Tensor:
+        """The column that belongs to each row; -1 if none does, the texts being another rank's."""
+        return self.labels[rank > 0][self.rows[chunk]]
 
+    def add_losses(self, similarity: Tensor, rank: int, chunk: int) -> None:
+        """Sums up log(1 + e^z); where torch operators do it, over the memory of `similarity`."""
+        (sums,) = self.sums[rank, chunk]
+        if self.launches:
+            kernels.siglip.pairs_forward(similarity, self._labels(rank, chunk), self.scale, self.bias, sums)
+            return
+        logits = ops.upcast(similarity)[0].mul_(self.scale).add_(self.bias)
+        if rank == 0:
+            logits.diagonal(self.rows[chunk].start).neg_()
+        sums[0] = -torch.nn.functional.logsigmoid(logits.neg_()).sum()
 
-def _pairs_gradient(similarity: Tensor, rows: slice, is_own: bool, scale: Tensor, bias: Tensor, image: Tensor):
-    """G in the dtype of `similarity`, which is overwritten, with ΣG·s and ΣG."""
-    if _launchable(similarity, scale, bias):
-        return similarity, *kernels.siglip.pairs_gradient(similarity, _labels(rows, image, is_own), scale, bias)
-    (wide,) = ops.upcast(similarity)
-    gradient = wide * scale + bias
-    if is_own:
-        gradient.diagonal(rows.start).neg_()
-    gradient.sigmoid_()
-    if is_own:
-        gradient.diagonal(rows.start).neg_()
-    return gradient.to(similarity.dtype), torch.dot(gradient.flatten(), wide.flatten()), gradient.sum()
+    def gradient(self, similarity: Tensor, rank: int, chunk: int) -> Tensor:
+        """G in the dtype of `similarity`, which is overwritten; sums up G·s and G."""
+        of_scale, of_bias = self.sums[rank, chunk]
+        if self.launches:
+            labels = self._labels(rank, chunk)
+            kernels.siglip.pairs_gradient(similarity, labels, self.scale, self.bias, of_scale, of_bias)
+            return similarity
+        (wide,) = ops.upcast(similarity)
+        gradient = wide * self.scale + self.bias
+        together = gradient.diagonal(self.rows[chunk].start) if rank == 0 else gradient[:0]
+        together.neg_()
+        gradient.sigmoid_()
+        together.neg_()
+        of_scale[0] = wide.mul_(gradient).sum()
+        of_bias[0] = gradient.sum()
+        return gradient.to(similarity.dtype)
 
 
 class Ring:
@@ -99,6 +117,8 @@ class Ring:
 class Alone:
     """A ring of one."""
 
+    size = 1
+
     def texts(self, text: Tensor):
         yield text
 
@@ -110,7 +130,7 @@ class Alone:
 
 
 def _sum_type(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 class SigLIPFunction(Function):
@@ -121,11 +141,12 @@ class SigLIPFunction(Function):
         ctx.save_for_backward(image, text, scale, bias)
         ctx.chunk_size = chunk_size
         ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
-        total = torch.zeros((), dtype=_sum_type(image), device=image.device)
+        pairs = Pairs(image, text, scale, bias, 1, ring.size, chunk_size)
         with torch.autocast(image.device.type, enabled=False):
-            for step, texts in enumerate(ring.texts(text)):
-                for rows in _chunks(image, chunk_size):
-                    total += _pairs_sum(image[rows] @ texts.mT, rows, step == 0, scale, bias, image)
+            for rank, texts in enumerate(ring.texts(text)):
+                for chunk, rows in enumerate(pairs.rows):
+                    pairs.add_losses(image[rows] @ texts.mT, rank, chunk)
+        (total,) = pairs.totals()
         return ring.mean(total / image.shape[0]).to(dtype)
 
     @staticmethod
@@ -135,31 +156,28 @@ class SigLIPFunction(Function):
             if isinstance(ctx.ring, Ring):
                 raise RuntimeError("siglip_loss(): with a process group there is no second derivative; got create_graph=True")
             return *gradients_formula(grad_output, image, text, scale, bias, ctx.chunk_size), None, None, None
-        grads = gradients(image, text, scale, bias, ctx.chunk_size, ctx.ring)
-        grad = grad_output.to(grads[0].dtype) / image.shape[0]
-        factors, tensors = (grad * scale, grad * scale, grad, grad), (image, text, scale, bias)
-        return *((each * factor).to(of.dtype) for each, factor, of in zip(grads, factors, tensors)), None, None, None
+        to_image, to_texts, (to_scale, to_bias) = gradients(image, text, scale, bias, ctx.chunk_size, ctx.ring)
+        grad = grad_output.to(to_image.dtype) / image.shape[0]
+        to_features = ((each * (grad * scale)).to(image.dtype) for each in (to_image, to_texts))
+        return *to_features, (grad * to_scale).to(scale.dtype), (grad * to_bias).to(bias.dtype), None, None, None
 
 
 def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring):
-    """G·text, Gᵀ·image, ΣG·⟨image, text⟩ and ΣG; the second one's texts come home around the ring."""
-    dtype = _sum_type(image)
-    to_image, to_texts = (torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in (image, text))
-    to_scale, to_bias = (torch.zeros((), dtype=dtype, device=image.device) for _ in range(2))
+    """G·text, Gᵀ·image, and ΣG·⟨image, text⟩ with ΣG; the second one's texts come home around the ring."""
+    pairs = Pairs(image, text, scale, bias, 2, ring.size, chunk_size)
+    to_image, to_texts = (tensor.new_zeros(tensor.shape, dtype=_sum_type(image)) for tensor in (image, text))
     with torch.autocast(image.device.type, enabled=False):
-        for step, texts in enumerate(ring.texts(text)):
-            for rows in _chunks(image, chunk_size):
-                pairs, of_scale, of_bias = _pairs_gradient(image[rows] @ texts.mT, rows, step == 0, scale, bias, image)
-                to_scale += of_scale
-                to_bias += of_bias
-                if dtype is image.dtype:
-                    to_image[rows].addmm_(pairs, texts)
-                    to_texts.addmm_(pairs.mT, image[rows])
+        for rank, texts in enumerate(ring.texts(text)):
+            for chunk, rows in enumerate(pairs.rows):
+                gradient = pairs.gradient(image[rows] @ texts.mT, rank, chunk)
+                if to_image.dtype is image.dtype:
+                    to_image[rows].addmm_(gradient, texts)
+                    to_texts.addmm_(gradient.mT, image[rows])
                 else:
-                    to_image[rows] += pairs @ texts
-                    to_texts += pairs.mT @ image[rows]
+                    to_image[rows] += gradient @ texts
+                    to_texts += gradient.mT @ image[rows]
             to_texts = ring.exchange(to_texts)()
-    return to_image, to_texts, to_scale, to_bias
+    return to_image, to_texts, pairs.totals()
 
 
 def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor):
