@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 for library in ("matplotlib", "rich", "sklearn", "tqdm"):
     pytest.importorskip(library, reason="part of the extra `train`")
-from benchmarks import train
+import torch_sigmoid as ts
+from benchmarks import imbalanced, retrieval, train
 
 
 def test_interpreted_kernels_train_as_torch_does(tmp_path):
@@ -14,12 +16,64 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path):
     results = json.loads((tmp_path / "train.json").read_text())
     assert results["path"] == "triton"
     assert set(results["largest_loss_difference"]) == {"breast cancer", "digits"}
+    assert set(results["imbalanced"]["focal"]) == {"torch operators", "torch_sigmoid"}
+    names = [retrieval.PLAIN, retrieval.ONE_PROCESS] + [retrieval.TWO_PROCESSES] * (retrieval.no_ranks() is None)
+    assert {name: len(run["losses"]) for name, run in results["retrieval"].items()} == dict.fromkeys(names, 4)
+    # None of these curves is that of another seed.
+    runs = {name: retrieval.Run(**run) for name, run in results["retrieval"].items()}
+    runs[retrieval.PLAIN] = retrieval.train(retrieval.siglip_loss, torch.device("cpu"), 1, 1, 4, "another seed")
+    found = retrieval.failures(runs, trained=False)
+    assert [failure.partition(": the loss curve")[0] for failure in found] == [f"paired views, {name}" for name in names[1:]]
 
 
-def test_a_missed_accuracy_is_a_failure(tmp_path, capsys):
+def test_a_missed_accuracy_and_a_wrong_loss_are_failures(tmp_path, capsys, monkeypatch):
+    wrong = {"alpha": 0.2501, "gamma": 2.0, "reduction": "mean"}
+    monkeypatch.setitem(imbalanced.LOSSES["focal"], "torch_sigmoid", lambda *pair: ts.sigmoid_focal_loss(*pair, **wrong))
+    monkeypatch.setattr(ts, "siglip_loss", lambda *operands, **options: retrieval.siglip_loss(*operands) * (1 + 1e-9))
+    monkeypatch.setattr(retrieval, "no_ranks", lambda: "nobody is there")
     assert train.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 1
-    assert "is below 0.95" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is below 0.95" in said
+    assert "FAILED focal on a rare digit: our loss curve differs" in said
+    assert "FAILED BCE on a rare digit" not in said
+    assert "FAILED paired views, torch_sigmoid: the loss curve differs" in said
+    assert "not run in two processes: nobody is there" in said
     assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "loss_saturated.png", "train.json"}
+    assert retrieval.TWO_PROCESSES not in json.loads((tmp_path / "train.json").read_text())["retrieval"]
+
+
+def test_a_class_as_rare_as_is_said():
+    task = imbalanced.load_task(torch.device("cpu"), 0)
+    assert task.train_targets.sum() == imbalanced.KEPT_POSITIVES
+    assert 0.02 < task.train_targets.mean() < 0.025
+    # Held out are half of the 174 images of an 8, which weigh what is left of the other half.
+    assert task.test_targets.sum() == 87
+    assert task.positives_kept == imbalanced.KEPT_POSITIVES / 87
+
+
+def test_a_loss_that_is_not_a_number_is_a_failure():
+    losses = [0.1, 0.2], [0.1, float("nan")]
+    rare = {"BCE": {name: [imbalanced.Run(each, 1.0, 1.0, 1.0)] for name, each in zip(imbalanced.LOSSES["BCE"], losses)}}
+    assert len(imbalanced.failures(rare)) == 1
+    names = retrieval.PLAIN, retrieval.ONE_PROCESS
+    paired = {name: retrieval.Run(each, 1.0, 10.0, -10.0) for name, each in zip(names, losses)}
+    assert len(retrieval.failures(paired, trained=True)) == 1
+
+
+@pytest.mark.skipif(retrieval.no_ranks() is not None, reason="needs gloo")
+def test_ranks_that_do_not_run_are_a_failure(capfd, monkeypatch):
+    monkeypatch.setattr(retrieval, "RANKS", "no number")
+    plain = retrieval.Run([1.0], 1.0, 10.0, -10.0)
+    runs = {retrieval.PLAIN: plain, retrieval.TWO_PROCESSES: retrieval.train_ranks(1, 0, 1)}
+    assert "no number" in capfd.readouterr().err
+    assert retrieval.failures(runs, trained=True) == ["paired views, torch_sigmoid, two processes: ended without a result"]
+    assert "failed" in list(retrieval.table(runs).columns[1].cells)
+
+
+def test_an_accuracy_of_retrieval_that_is_missed_is_a_failure():
+    runs = {retrieval.PLAIN: retrieval.Run([1.0], retrieval.REQUIRED_ACCURACY - 0.01, 10.0, -10.0)}
+    assert len(retrieval.failures(runs, trained=True)) == 1
+    assert retrieval.failures(runs, trained=False) == []
 
 
 @pytest.mark.parametrize(
