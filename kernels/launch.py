@@ -10,7 +10,9 @@ columns wide, covers the rest. A program without one of them skips it, by a bran
 """
 
 import contextlib
+import math
 import os
+import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -78,15 +80,20 @@ def select_tile(
 
 
 @triton.jit
-def load_tile(pointer, row_stride, column_stride, tile):
-    """The tile's values, upcast for arithmetic; an expanded tensor is read once a row."""
+def load_as_stored(pointer, row_stride, column_stride, tile):
+    """The tile's values; an expanded tensor is read once a row."""
     rows, columns, row_mask, mask = tile
     pointer += rows if row_stride is None else rows * row_stride
     if column_stride is None:
-        values = tl.load(pointer, mask=row_mask)
+        return tl.load(pointer, mask=row_mask)
     else:
-        values = tl.load(pointer + columns * column_stride, mask=mask)
-    return upcast(values)
+        return tl.load(pointer + columns * column_stride, mask=mask)
+
+
+@triton.jit
+def load_tile(pointer, row_stride, column_stride, tile):
+    """The tile's values, upcast for arithmetic."""
+    return upcast(load_as_stored(pointer, row_stride, column_stride, tile))
 
 
 @triton.jit
@@ -158,7 +165,7 @@ class Plan(NamedTuple):
 
 def needs_int64(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:
     """Whether an element's offset in any of the tensors, or an index up to a tile past the end, exceeds 32 bits."""
-    reach = max(sum((size - 1) * stride for size, stride in zip(shape, own)) for own in strides)
+    reach = max(math.prod(shape), *(sum((size - 1) * stride for size, stride in zip(shape, own)) for own in strides))
     return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS
 
 
@@ -232,6 +239,19 @@ def element_by_element(inputs, outputs) -> tuple[int, tuple] | None:
     return chosen.programs, (*chosen.row_strides, *chosen.column_strides, *sizes, *tile)
 
 
+_launchers: weakref.WeakSet["Launcher"] = weakref.WeakSet()
+
+
+def _forget_kept():
+    """In the child of a fork, which a CUDA context does not survive, nor do the functions loaded into it."""
+    for launcher in _launchers:
+        launcher.kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_kept)
+
+
 class Launcher:
     """A kernel with its constants, called with tensors on one device; what it compiles is kept.
 
@@ -251,9 +271,7 @@ class Launcher:
         self.arrange = arrange
         self.layouts_follow = layouts_follow
         self.kept: dict[tuple, tuple] = {}
-        # A CUDA context does not survive a fork, nor do the functions loaded into it.
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.kept.clear)
+        _launchers.add(self)
 
     def __call__(self, inputs, outputs):
         """Run over `inputs`, writing `outputs`."""

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import maths
-from .launch import SIZES, Launcher, load_tile, plan, select_tile, store_tile
+from .launch import SIZES, Launcher, load_as_stored, load_tile, plan, select_tile, store_tile
 
 # A sum has as many programs at most: enough to fill a large GPU, few enough for one program to add up what they leave.
 MAX_PROGRAMS = 2048
@@ -47,11 +47,11 @@ def load_example(
     ALPHA: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):
-    """x, the target, v, and the positive and the negative part of the target."""
+    """x, the target as it is stored, v, and the positive and the negative part of the target."""
     x = load_tile(pointers[0], row_strides[0], column_strides[0], tile)
-    target = load_tile(pointers[1], row_strides[1], column_strides[1], tile).to(x.dtype)
-    positive = target
-    negative = 1.0 - target
+    target = load_as_stored(pointers[1], row_strides[1], column_strides[1], tile)
+    positive = target.to(x.dtype)
+    negative = 1.0 - positive
     if SMOOTHING != 0.0:
         keep, spread = maths.constant(1.0 - SMOOTHING, x), maths.constant(0.5 * SMOOTHING, x)
         positive = positive * keep + spread
@@ -67,9 +67,16 @@ def load_example(
 
 
 @triton.jit
+def is_ignored(target, IGNORE: tl.constexpr):
+    if target.dtype.is_floating():
+        target = maths.upcast(target)
+    return target == maths.constant(IGNORE, target)
+
+
+@triton.jit
 def without_ignored(value, target, IGNORE: tl.constexpr):
     if IGNORE is not None:
-        value = tl.where(target == maths.constant(IGNORE, target), 0.0, value)
+        value = tl.where(is_ignored(target, IGNORE), 0.0, value)
     return value
 
 
@@ -150,8 +157,8 @@ def loss_forward_kernel(
                 else:
                     total += tl.where(mask, loss, 0.0)
                 if REDUCTION == MEAN and IGNORE is not None:
-                    counts = mask & (target != maths.constant(IGNORE, target))
-                    n_counted += tl.sum(counts.to(tl.int32)).to(tl.int64)
+                    counts = tl.where(is_ignored(target, IGNORE), 0, mask.to(tl.int32))
+                    n_counted += tl.sum(counts).to(tl.int64)
     if REDUCTION != NONE:
         result = tl.sum(total) + total_of_tails
         if REDUCTION == MEAN:
@@ -361,14 +368,33 @@ _fold = [Launcher(fold_kernel, counts, FOLD_BLOCK, arrange=_arrange_fold, layout
 
 
 def _walkable(full, position, outputs=()):
-    """The tensors, as copies where no plan covers them beside the outputs."""
+    """The tensors, some of them as copies where no plan covers all of them and the outputs."""
     if walk_of((*full, *outputs), position) is not None:
         return full
-    like = outputs[0] if outputs else torch.empty_like(full[position])
-    return [
-        tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    x = full[position]
+    if x.stride() != torch.empty_like(x, device="meta").stride():
+        x = torch.empty_like(x).copy_(x)
+    copies = [
+        x
+        if tensor is full[position]
+        else tensor
+        if walk_of((x, tensor, *outputs), 0) is not None
+        else _materialised(tensor, x, broadcast_inside=True)
         for tensor in full
     ]
+    if walk_of((*copies, *outputs), position) is None:
+        copies = [tensor if tensor is x or not any(tensor.stride()) else _materialised(tensor, x, False) for tensor in copies]
+    return copies
+
+
+def _materialised(tensor, x, broadcast_inside):
+    """A copy in the order of x's memory; with broadcast_inside not of the innermost dimensions that are broadcast."""
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    n_kept = x.dim()
+    if broadcast_inside:
+        n_kept = 1 + max((i for i, d in enumerate(order) if tensor.stride(d) and tensor.shape[d] > 1), default=-1)
+    tensor = tensor.permute(order)[(slice(None),) * n_kept + (slice(1),) * (x.dim() - n_kept)].contiguous()
+    return tensor.permute([order.index(d) for d in range(x.dim())]).expand(x.shape)
 
 
 def _broadcast(x, target, weight, pos_weight):

@@ -44,7 +44,7 @@ def negative(x):
 
 @triton.jit
 def constant(VALUE: tl.constexpr, like):
-    """A literal of the arithmetic's dtype: Triton's own are fp32."""
+    """A literal of the dtype of `like`: Triton's own are fp32."""
     return tl.full((), VALUE, like.dtype)
 
 
@@ -288,35 +288,35 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
     one_plus = 1.0 + tail
     distance = tl.abs(x)
     near = tl.minimum(distance, FAR)
-    # v comes before what could underflow.
-    v_wrong, v_right = v * wrong, v * right
     clear = wrong == 0.0
     if ORDER == 0 or GAMMA != 0.0:
         log_one = log_one_plus(tail, ROUND_TO_16_BIT)
-    if ORDER == 0:
-        result = tl.where(v_wrong == 0.0, 0.0, v_wrong * distance) + (v_wrong + v_right) * log_one
-    if ORDER == 1 or (ORDER == 2 and GAMMA != 0.0):
-        # e alone is no subnormal number where e·scale is one.
-        slope = tl.where(clear, negative(v_right) * e, v_wrong - v_right * tail)
-        slope = quotient(slope, one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
-        result = slope
-    if ORDER == 2:
-        result = quotient((v_wrong + v_right) * e, tl.fma(tail, 2.0 + tail, 1.0), ROUND_TO_16_BIT) * scale
     if GAMMA != 0.0:
         gamma = constant(GAMMA, x)
         mixture = tl.where(clear, 1.0, tl.fma(right, tail, wrong))
         log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
-        factor = power(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
-        if ORDER > 0:
+        v = v * power(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
+    # v comes before what could underflow.
+    v_wrong, v_right = v * wrong, v * right
+    if ORDER == 0:
+        return tl.where(v_wrong == 0.0, 0.0, v_wrong * distance) + (v_wrong + v_right) * log_one
+    else:
+        if ORDER == 1 or GAMMA != 0.0:
+            # e alone is no subnormal number where e·scale is one.
+            slope = tl.where(clear, negative(v_right) * e, v_wrong - v_right * tail)
+            slope = quotient(slope, one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
+            result = slope
+        if ORDER == 2:
+            result = quotient((v_wrong + v_right) * e, tl.fma(tail, 2.0 + tail, 1.0), ROUND_TO_16_BIT) * scale
+        if GAMMA != 0.0:
             loss = v_wrong * near + (v_wrong + v_right) * log_one
             ratio = tl.where(clear, 1.0, quotient(tail, mixture, ROUND_TO_16_BIT))
             q = quotient((wrong - right) * ratio, one_plus, ROUND_TO_16_BIT)
+            if ORDER == 1:
+                result += gamma * loss * q
+            else:
+                bend = (gamma - 1.0) * q - quotient(1.0 - tail, one_plus, ROUND_TO_16_BIT)
+                result += gamma * q * (2.0 * slope + loss * bend)
         if ORDER == 1:
-            result += gamma * loss * q
-        if ORDER == 2:
-            bend = (gamma - 1.0) * q - quotient(1.0 - tail, one_plus, ROUND_TO_16_BIT)
-            result += gamma * q * (2.0 * slope + loss * bend)
-        result *= factor
-    if ORDER == 1:
-        result = tl.where(above, result, negative(result))
-    return result
+            result = tl.where(above, result, negative(result))
+        return result

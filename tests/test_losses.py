@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, allowance, is_normal, random, readable, runs_kernels, ulp
+from reference import (
+    FLOATS,
+    LAYOUTS,
+    SIXTEEN_BIT,
+    all_patterns,
+    allowance,
+    interpreted,
+    is_normal,
+    random,
+    readable,
+    runs_kernels,
+    ulp,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
@@ -126,7 +138,6 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
     assert grad[6].isnan()
     expected = [0, 0, 1, -1, 0.75 ** (1 + gamma), -(0.25 ** (1 + gamma))]
     assert grad[:6].tolist() == pytest.approx(expected, rel=1e-2)
-    finite = x.isfinite() | x.isnan()
     for index in range(6):
         # Ignored, it leaves the others alone.
         ignored = torch.where(torch.arange(7, device=device) == index, -1, (t > 0.5).long())
@@ -137,7 +148,6 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
             loss = lambda x, t: ts.binary_cross_entropy_with_logits(x, t, **options)  # noqa: E731, B023
         _, grad = value_and_gradient(loss, x, ignored)
         assert grad[index] == 0
-    assert finite.any()
 
 
 WEIGHT = random((7,), torch.float32, seed=5).abs()
@@ -412,6 +422,26 @@ def test_ignored_elements(reduction, target_dtype, gamma, device):
     torch.testing.assert_close(torch.func.grad(lambda x: ours(x).sum())(x), value_and_gradient(lambda x: ours(x).sum(), x)[1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values", "ignore_index", "counted"),
+    [
+        (torch.bfloat16, [1, 0, -1000], -1000, 2),
+        (torch.int64, [1, 0, 2**24 + 1], 2**24 + 1, 2),
+        (torch.int8, [1, 0, -1], -1, 2),
+        (torch.uint8, [1, 0, 255], 255, 2),
+        (torch.bool, [1, 0, 1], 0, 2),
+    ],
+    ids=str,
+)
+def test_what_is_ignored_is_what_is_equal_in_the_targets_own_dtype(dtype, values, ignore_index, counted, device):
+    x = torch.zeros(3, dtype=torch.bfloat16, device=device)
+    target = torch.tensor(values).to(dtype).to(device)
+    loss = ts.binary_cross_entropy_with_logits(x, target, reduction="none", ignore_index=ignore_index)
+    assert (loss != 0).sum() == counted
+    mean = ts.binary_cross_entropy_with_logits(x.float(), target, ignore_index=ignore_index)
+    assert mean.item() == pytest.approx(math.log(2))
+
+
 def test_nothing_left_to_average(device):
     x = random((5,), torch.float32, device)
     every = torch.full((5,), -100, device=device)
@@ -439,6 +469,49 @@ def test_sums_are_the_same_in_every_run_and_close_to_float64(n, device):
     wide = F.binary_cross_entropy_with_logits(x.double(), t.double(), reduction="sum")
     torch.testing.assert_close(values[0].double(), wide, rtol=2e-6, atol=0)
     torch.testing.assert_close(ts.binary_cross_entropy_with_logits(x, t).double(), wide / n, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 65), (3, 800), (2405,)], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, shape, device, monkeypatch):
+    """Which takes millions of elements else."""
+    if not interpreted(device):
+        pytest.skip("the kernels' sizes are changed in the interpreter")
+    from torch_sigmoid.kernels import launch, losses
+
+    caches = launch.plan, losses.walk, losses._launchers
+    for name in ("TILE_ELEMENTS", "INTERPRETED_TILE_ELEMENTS"):
+        monkeypatch.setattr(launch, name, 64)
+    monkeypatch.setattr(losses, "MAX_PROGRAMS", 7)
+    folds = [
+        launch.Launcher(losses.fold_kernel, counts, 4, arrange=losses._arrange_fold, layouts_follow=False)
+        for counts in (False, True)
+    ]
+    monkeypatch.setattr(losses, "_fold", folds)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        x, t = examples(torch.float64, device, shape, soft=False)
+        x = x.mT.contiguous().mT if x.dim() > 1 else x
+        t[..., ::5] = 7
+        options = {"reduction": "mean", "ignore_index": 7}
+        kept = t != 7
+
+        def ours(x):
+            if gamma:
+                return ts.sigmoid_focal_loss(x, t, gamma=gamma, **options)
+            return ts.binary_cross_entropy_with_logits(x, t, **options)
+
+        def plain(x):
+            return (
+                plain_focal(x[kept], t[kept], gamma=gamma, reduction="mean") if gamma else bce(x[kept], t[kept], "mean", True)
+            )
+
+        for actual, expected in zip(derivatives(ours, x), derivatives(plain, x)):
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-14)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 @every_loss
@@ -539,6 +612,26 @@ def test_checkpointing(loss, device):
         assert torch.equal(plain, again.grad)
 
 
+def test_gradients_of_targets_and_weights_far_out(device):
+    x = torch.tensor([2000.0, 5000.0], device=device)
+    t, weight = (torch.tensor(values, device=device, requires_grad=True) for values in ([1.0, 0.0], [1.0, 0.0]))
+    loss = ts.binary_cross_entropy_with_logits(x, t, weight, reduction="sum")
+    to_t, to_weight = torch.autograd.grad(loss, (t, weight))
+    assert to_t.tolist() == [-2000, 0]
+    assert to_weight.tolist() == [0, 5000]
+
+
+@pytest.mark.parametrize("gamma", [33.13, 100.4, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_large_gamma_leaves_nothing_that_is_no_number(gamma, dtype, device):
+    x = torch.tensor([0.0, 1.0, 750.0, 1000.0, 3e4, math.inf], dtype=dtype, device=device)
+    for t in (torch.ones_like(x), torch.zeros_like(x), torch.full_like(x, 0.5)):
+        for function in (lambda x, t: ts.sigmoid_focal_loss(x, t, -1, gamma), torch.func.vmap(loss_of(gamma))):
+            value, grad = value_and_gradient(function, x, t)
+            assert not value.isnan().any()
+            assert grad.isfinite().all()
+
+
 x23, t23 = torch.zeros(2, 3), torch.ones(2, 3)
 BAD = {
     "no tensor": (lambda: ts.binary_cross_entropy_with_logits([1.0], t23), TypeError, "input must be a torch.Tensor, got list"),
@@ -587,6 +680,32 @@ BAD = {
         TypeError,
         "ignore_index must be an int, got float",
     ),
+    "an ignore_index that a 16-bit target rounds": (
+        lambda: ts.binary_cross_entropy_with_logits(x23, t23.bfloat16(), ignore_index=-999),
+        ValueError,
+        "ignore_index must be a value that torch.bfloat16 has, got -999",
+    ),
+    "an ignore_index beyond the target": (
+        lambda: ts.sigmoid_focal_loss(x23, t23.to(torch.uint8), ignore_index=-100),
+        ValueError,
+        "torch.uint8 has, got -100",
+    ),
+    "an ignore_index beyond everything": (
+        lambda: ts.binary_cross_entropy_with_logits(x23, t23, ignore_index=10**40),
+        ValueError,
+        "torch.float32 has",
+    ),
+    "an alpha that is a tensor": (lambda: ts.sigmoid_focal_loss(x23, t23, torch.tensor(0.5)), TypeError, "alpha .* got Tensor"),
+    "no alpha": (lambda: ts.sigmoid_focal_loss(x23, t23, None), TypeError, "alpha must be a number, got NoneType"),
+    "gamma in words": (lambda: ts.sigmoid_focal_loss(x23, t23, gamma="2"), TypeError, "gamma must be a number, got str"),
+    "an infinite gamma": (lambda: ts.sigmoid_focal_loss(x23, t23, gamma=math.inf), ValueError, "got inf"),
+    "sparse targets": (
+        lambda: ts.sigmoid_focal_loss(x23, t23.to_sparse()),
+        TypeError,
+        "targets torch.float32, torch.sparse_coo",
+    ),
+    "a module's gamma": (lambda: ts.SigmoidFocalLoss(gamma=-1), ValueError, "gamma must not be negative.* got -1"),
+    "a module's reduction": (lambda: ts.BCEWithLogitsLoss(reduction="bad"), ValueError, "got 'bad'"),
     "two devices": (
         lambda: ts.binary_cross_entropy_with_logits(x23, t23.to("meta")),
         ValueError,
@@ -649,6 +768,7 @@ def test_modules(device):
     assert torch.equal(loss(x, t), ts.sigmoid_focal_loss(x, t, 0.3, 1.5, "mean", weight=weight))
     assert "weight" in loss.state_dict()
     assert repr(loss) == "SigmoidFocalLoss(alpha=0.3, gamma=1.5, reduction='mean')"
+    assert repr(smoothed) == "BCEWithLogitsLoss(label_smoothing=0.1, ignore_index=-1)"
 
 
 def test_replace_and_intercept(device):

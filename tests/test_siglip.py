@@ -1,6 +1,8 @@
 """The sigmoid loss of image-text pairs: equal to the plain formula, in chunks, in every mode, on one process and on two."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -191,6 +193,15 @@ BAD = {
         ValueError,
         "image_features on cpu and text_features on meta",
     ),
+    "a group": (lambda: ts.siglip_loss(features, features, 1.0, group=3), TypeError, "process group of this rank or .* got 3"),
+    "no world": (lambda: ts.siglip_loss(features, features, 1.0, group="world"), ValueError, "init_process_group"),
+    "a complex scale": (
+        lambda: ts.siglip_loss(features, features, torch.tensor(1j)),
+        TypeError,
+        "must be real, got torch.complex64",
+    ),
+    "a module's chunk_size": (lambda: ts.SigLIPLoss(chunk_size=0), ValueError, "at least 1, got 0"),
+    "sparse features": (lambda: ts.siglip_loss(features.to_sparse(), features, 1.0), TypeError, "torch.sparse_coo"),
     "integers": (lambda: ts.siglip_loss(features.long(), features.long(), 1.0), TypeError, "got torch.int64"),
 }
 
@@ -200,6 +211,26 @@ def test_bad_input(bad):
     call, error, message = BAD[bad]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 3)], ids=str)
+def test_only_what_is_needed_has_a_gradient(needed, device):
+    tensors = pairs(11, 4, torch.float64, device)
+    for index in needed:
+        tensors[index].requires_grad_()
+    grads = torch.autograd.grad(ts.siglip_loss(*tensors, chunk_size=4), [tensors[index] for index in needed])
+    every = value_and_gradients(plain, tensors)[1:]
+    for grad, index in zip(grads, needed):
+        torch.testing.assert_close(2 * grad, every[index], rtol=1e-10, atol=1e-12)
+
+
+def test_traced_and_pickled(device):
+    tensors = pairs(6, 3, torch.float32, device)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda *t: ts.siglip_loss(*t, chunk_size=4), tensors)
+        torch.testing.assert_close(traced(*tensors), plain(*tensors))
+    module = pickle.loads(pickle.dumps(ts.SigLIPLoss(chunk_size=3, group="world")))
+    assert (module.chunk_size, module.group) == (3, "world")
 
 
 def test_kernels_of_a_chunk(device, monkeypatch):
@@ -225,11 +256,22 @@ folder, rank, size, wrong = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
 image, text, scale, bias = torch.load(f"{folder}/all.pt")
 own = slice(rank * len(image) // size, (rank + 1) * len(image) // size)
-tensors = [each.clone().requires_grad_() for each in (image[own], text[own], scale, bias)]
+# Features as a model that packs them leaves them.
+image, text = torch.cat([image, text], 1)[own].chunk(2, 1)
+tensors = [each.detach().requires_grad_() for each in (image, text, scale, bias)]
 results = []
 if wrong == "batch":
     try:
         ts.siglip_loss(*(each[: len(each) - rank] for each in tensors[:2]), *tensors[2:], group=dist.group.WORLD)
+    except ValueError as error:
+        results.append(str(error))
+elif wrong in ("dtype", "needs", "chunk"):
+    if wrong == "dtype" and rank:
+        tensors = [each.detach().half().requires_grad_() for each in tensors]
+    if wrong == "needs" and rank:
+        tensors[0] = tensors[0].detach()
+    try:
+        ts.siglip_loss(*tensors, chunk_size=1 - rank if wrong == "chunk" else 3, group=dist.group.WORLD)
     except ValueError as error:
         results.append(str(error))
 elif wrong == "create_graph":
@@ -240,7 +282,7 @@ elif wrong == "create_graph":
         results.append(str(error))
 else:
     for _ in range(2):
-        loss = ts.siglip_loss(*tensors, chunk_size=3, group=dist.group.WORLD)
+        loss = ts.siglip_loss(*tensors, chunk_size=3, group="world")
         results.append([loss.detach(), *torch.autograd.grad(2 * loss, tensors)])
 dist.barrier()
 torch.save(results, f"{folder}/{rank}.pt")
@@ -296,7 +338,23 @@ def test_ranks_have_the_loss_and_the_averaged_gradients_of_the_gathered_batch(si
 @distributed
 def test_a_rank_with_another_batch_size_is_an_error_on_every_rank(tmp_path):
     for (message,) in run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "batch"):
-        assert message.endswith("all ranks must have features of one shape, got (4, 3), (3, 3)")
+        assert "all ranks must have features of one shape and dtype, got (4, 3) torch.float32" in message
+        assert "(3, 3) torch.float32" in message
+
+
+@distributed
+def test_ranks_of_other_dtypes_or_needs_are_an_error_on_every_rank(tmp_path):
+    for wrong, found in (("dtype", "torch.float16"), ("needs", "gradients [False, True, True, True]")):
+        (tmp_path / wrong).mkdir()
+        for (message,) in run_ranks(tmp_path / wrong, 2, pairs(8, 3, torch.bfloat16, "cpu"), wrong):
+            assert found in message
+
+
+@distributed
+def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(tmp_path):
+    first, second = run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "chunk")
+    assert "chunk_size must be at least 1, got 0" in second[0]
+    assert "chunk_size must be at least 1, got 0" in first[0]
 
 
 @distributed
@@ -315,6 +373,7 @@ def test_a_group_of_one_needs_nobody(tmp_path):
         actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, group=group), tensors)
         torch.testing.assert_close(actual, value_and_gradients(ts.siglip_loss, tensors))
         assert ts.SigLIPLoss(group=group).extra_repr().endswith("distributed")
+        assert copy.deepcopy(torch.nn.Sequential(ts.SigLIPLoss(group=group)))[0].group is group
     finally:
         torch.distributed.destroy_process_group()
         siglip._calls.clear()

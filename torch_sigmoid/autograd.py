@@ -195,6 +195,11 @@ def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save
     return ops.curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward)
 
 
+def more_than_reverse_mode_listens() -> bool:
+    """Whether a tracer, a transform or forward mode would see an operator called now."""
+    return ops.only_torch_operators_are_seen() or _transforms_active() or forward_ad._current_level >= 0
+
+
 def only_reverse_mode_listens(input: Tensor) -> bool:
     """Whether ordinary eager autograd is all that could record an operator on `input`."""
     return (

@@ -454,13 +454,15 @@ def binary_cross_entropy_with_logits(
         reduction: "none", "mean" (over all elements that are not ignored) or "sum".
         pos_weight: of the positive part of the target; broadcasts to input's shape.
         label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
-        ignore_index: elements of this target have neither loss nor gradient. If all are ignored a mean is NaN.
+        ignore_index: elements of this target, a value that its dtype has, have neither loss nor gradient. If all are ignored
+            a mean is NaN.
 
     Returns:
         The loss, in the dtype that input and target promote to; at least fp32 under autocast.
 
-    Saved for backward: the tensors as they were given, and the count of what was not ignored. Under transforms, forward mode,
-    or where target or weights require a gradient (all of them may), what autograd keeps of the formula.
+    Saved for backward: the tensors as they were given (logits as fp64 if the target is), and the count of what was not
+    ignored. Under transforms, forward mode, or where target or weights require a gradient (all of them may), what autograd
+    keeps of the formula.
 
     Raises:
         TypeError: an argument is no tensor, or not of a dtype described above.
@@ -478,10 +480,12 @@ def binary_cross_entropy_with_logits(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     caller = "binary_cross_entropy_with_logits"
     _check_tensors(caller, input=input, target=target)
+    check_loss_options(caller, reduction, label_smoothing, ignore_index)
     loss = losses.Loss(0.0, None, float(label_smoothing), ignore_index, reduction)
     if not (_is_ours(input) and target.layout is torch.strided and not target.is_nested):
         if label_smoothing or ignore_index is not None:
-            raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense float logits, got {input.dtype}")
+            found = f"{_described(input)} with target {_described(target)}"
+            raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense tensors, got {found}")
         return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
     return _loss(caller, loss, "input", input, "target", target, weight, pos_weight)
 
@@ -500,15 +504,15 @@ def sigmoid_focal_loss(
     r"""α_t·(1 - p_t)^γ·BCE(x, t) for logits x and targets t, the focal loss of Lin et al. 2017, as torchvision.ops has it.
 
     1 - p_t = t·σ(-x) + (1-t)·σ(x), and α_t = α·t + (1-α)·(1-t). The power is taken in log space, where 1 - p_t neither cancels
-    nor underflows: value and gradient are finite for every γ ≥ 0, 0 < γ < 1 included, and every logit, ±∞ included (but for
-    the value where it is infinite itself: a logit of ±∞ against its target).
+    nor underflows: value and gradient are finite for every γ, 0 < γ < 1 included, and every logit, ±∞ included (but for the
+    value where it is infinite itself: a logit of ±∞ against its target).
 
     Args:
         inputs: logits x, of any shape and float dtype.
         targets: of the shape of inputs: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for
             (see `debug`).
         alpha: in [0, 1], the weight of positive targets; -1 for no weights.
-        gamma: not negative. Each pair of alpha and gamma compiles kernels of its own, once.
+        gamma: in [0, 1e6]. Each pair of alpha and gamma compiles kernels of its own, once.
         reduction: "none", "mean" (over all elements that are not ignored) or "sum".
         label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
         ignore_index: elements of this target have neither loss nor gradient.
@@ -523,12 +527,10 @@ def sigmoid_focal_loss(
         return handle_torch_function(sigmoid_focal_loss, arguments, inputs, targets, **options)
     caller = "sigmoid_focal_loss"
     _check_tensors(caller, inputs=inputs, targets=targets)
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"{caller}(): gamma must not be negative, and finite, got {gamma}")
-    if alpha != -1 and not 0 <= alpha <= 1:
-        raise ValueError(f"{caller}(): alpha must be in [0, 1], or -1 for none, got {alpha}")
+    check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha, gamma)
     if not (_is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested):
-        raise TypeError(f"{caller}(): logits must be dense, float64, float32, float16 or bfloat16, got {inputs.dtype}")
+        found = f"{_described(inputs)} with targets {_described(targets)}"
+        raise TypeError(f"{caller}(): logits must be {_DENSE_FLOATS}, and targets dense, got {found}")
     loss = losses.Loss(float(gamma), None if alpha == -1 else float(alpha), float(label_smoothing), ignore_index, reduction)
     return _loss(caller, loss, "inputs", inputs, "targets", targets, weight, None)
 
@@ -540,25 +542,28 @@ def siglip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     chunk_size: int = 256,
-    group: "torch.distributed.ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | str | None" = None,
 ) -> Tensor:
     r"""-1/B·Σ_ij log σ(z_ij·(logit_scale·⟨image_i, text_j⟩ + logit_bias)), z = 1 for i = j, else -1: the loss of SigLIP.
 
     Sigmoid loss for language image pre-training, Zhai et al. 2023, in the form of open_clip: `logit_scale` multiplies as it is
     (what a model learns is its logarithm), and the sum is divided by the batch size B. Of the B × B matrix `chunk_size` rows
     exist at a time, in forward and, computed again, in backward: O(chunk_size·B) memory. The matrix products are
-    torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32 (fp64 for fp64).
+    torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32 (fp64 for fp64). In fp16, ∂loss/∂logit of a pair
+    below 6e-8 is lost in those products, as in torch; bf16 keeps it.
 
     With a process group each rank passes its own features, and text features go around the ring of ranks. Every rank gets the
-    loss of the whole batch, that of all ranks together. Its gradients are those of the rank's own share of the sum divided by
-    its own batch size: averaged over ranks, as DistributedDataParallel averages them, they are the gradients of that loss.
+    loss of the whole batch, that of all ranks together. Its gradients are those of the sum over all ranks divided by its own
+    batch size: averaged over ranks, as DistributedDataParallel averages them, the gradients of parameters, scale and bias are
+    those of that loss.
 
     Args:
         image_features, text_features: (B, D) each, float, usually normalised.
         logit_scale, logit_bias: tensors of one element, or numbers; no bias if None.
         chunk_size: rows of the matrix at a time.
-        group: a process group, such as torch.distributed.group.WORLD; all of its ranks must call with the same B and D. What
-            they have is compared over the group's store at each call, without waiting for a device.
+        group: a process group, or "world" for the one that torch.distributed.init_process_group makes. All of its ranks must
+            call, with the same B, D and dtype, and all or none of them for a gradient of each argument. What they have is
+            compared over the group's store at each call, without waiting for a device. Under torch.compile it breaks the graph.
 
     Returns:
         The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
@@ -569,38 +574,72 @@ def siglip_loss(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: features that are no matrices of one shape, two devices, a scale or bias of more than one element, a
-            chunk_size below 1, a rank with another batch size.
-        RuntimeError: `group` together with create_graph=True, transforms, forward mode or a tracer.
+            chunk_size below 1, a rank with another batch size; then every rank raises.
+        RuntimeError: `group` together with create_graph=True, transforms or forward mode.
     """
     arguments = image_features, text_features, logit_scale, logit_bias
     tensors = [each for each in arguments if each is not None and not isinstance(each, (int, float))]
     if has_torch_function_variadic(*tensors) and not all(isinstance(each, Tensor) for each in tensors):
         return handle_torch_function(siglip_loss, tensors, *arguments, chunk_size=chunk_size, group=group)
+    if group is None:
+        *operands, dtype = _siglip_operands(*arguments, chunk_size)
+        return siglip.apply(*operands, chunk_size, None, dtype)
+    if _is_compiling():
+        torch._dynamo.graph_break()
+    group = _process_group(group)
+    # Whatever is wrong on one rank, the others are told, who would wait for it.
+    try:
+        *operands, dtype = _siglip_operands(*arguments, chunk_size)
+    except (TypeError, ValueError) as error:
+        siglip.told_by_ranks(group, str(error))
+        raise
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in operands]
+    found = siglip.told_by_ranks(group, f"{tuple(operands[0].shape)} {operands[0].dtype}, gradients {needs}")
+    if len(set(found)) > 1:
+        raise ValueError(f"siglip_loss(): all ranks must have features of one shape and dtype, got {'; '.join(found)}")
+    if len(found) > 1 and autograd.more_than_reverse_mode_listens():
+        raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
+    return siglip.apply(*operands, chunk_size, group, dtype)
+
+
+def _siglip_operands(image_features, text_features, logit_scale, logit_bias, chunk_size):
+    """Features, scale and bias as they are computed with, and the dtype of the loss."""
     caller = "siglip_loss"
     features = {"image_features": image_features, "text_features": text_features}
     _check_tensors(caller, **features)
     shapes = f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
     if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise ValueError(f"{caller}(): image_features and text_features must be of one shape (B, D), {shapes}")
-    if not isinstance(chunk_size, int):
-        raise TypeError(f"{caller}(): chunk_size must be an int, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"{caller}(): chunk_size must be at least 1, got {chunk_size}")
+    check_chunk_size(chunk_size)
     _check_devices(caller, **features)
     image, text = _promoted(image_features, text_features)
     if not (_is_ours(image) and _is_ours(text)):
-        raise TypeError(f"{caller}(): features must be dense, float64, float32, float16 or bfloat16, got {image.dtype}")
-    if group is not None:
-        found = siglip.batches_of(group, image.shape)
-        if len(set(found)) > 1:
-            raise ValueError(f"{caller}(): all ranks must have features of one shape, got {', '.join(found)}")
+        raise TypeError(f"{caller}(): features must be {_DENSE_FLOATS}, got {_described(image)} and {_described(text)}")
     dtype = image.dtype
     if _autocasts(image.device.type) and dtype is not torch.float64:
         dtype = torch.float32
         image, text = (each.to(torch.get_autocast_dtype(image.device.type)) for each in (image, text))
     scale = _number_for(caller, "logit_scale", logit_scale, image)
     bias = _number_for(caller, "logit_bias", 0.0 if logit_bias is None else logit_bias, image)
-    return siglip.apply(image, text, scale, bias, chunk_size, group, dtype)
+    return image, text, scale, bias, dtype
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"siglip_loss(): chunk_size must be an int, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"siglip_loss(): chunk_size must be at least 1, got {chunk_size}")
+
+
+def _process_group(group):
+    distributed = torch.distributed
+    if group == "world":
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
+        return distributed.group.WORLD
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
+    return group
 
 
 def _number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -611,24 +650,61 @@ def _number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> 
     _check_tensors(caller, **{name: value})
     if value.numel() != 1:
         raise ValueError(f"{caller}(): {name} must have one element, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"{caller}(): {name} must be real, got {value.dtype}")
     if value.dim() or value.device.type != "cpu":
         _check_devices(caller, **{"image_features": like, name: value})
     return value.reshape(()).to(like.device, dtype)
 
 
+_DENSE_FLOATS = "dense, float64, float32, float16 or bfloat16"
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
+
+
+def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-1, gamma=0) -> None:
+    """An error unless the options of a loss are what the functions take."""
+    for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha), ("gamma", gamma)):
+        if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+            raise TypeError(f"{caller}(): {name} must be a number, got {type(value).__name__}")
+    if not 0 <= gamma <= MAX_GAMMA:
+        raise ValueError(f"{caller}(): gamma must not be negative, nor above {MAX_GAMMA:g}, got {gamma}")
+    if alpha != -1 and not 0 <= alpha <= 1:
+        raise ValueError(f"{caller}(): alpha must be in [0, 1], or -1 for none, got {alpha}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'{caller}(): reduction must be "none", "mean" or "sum", got {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{caller}(): label_smoothing must be in [0, 1], got {label_smoothing}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise TypeError(f"{caller}(): ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+# Far beyond, γ·log(1 - p_t) is no finite number.
+MAX_GAMMA = 1e6
+
+
+def _is_value_of(number: int, dtype: torch.dtype) -> bool:
+    """Whether the dtype has exactly this integer."""
+    if dtype is torch.bool:
+        return number in (0, 1)
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+    info, magnitude = torch.finfo(dtype), abs(number)
+    digits = (magnitude // (magnitude & -magnitude or 1)).bit_length()
+    return magnitude <= info.max and digits <= 1 - round(math.log2(info.eps))
+
+
 def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weight):
     """Checks what the losses have in common, decides on dtypes, and computes."""
-    if loss.reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'{caller}(): reduction must be "none", "mean" or "sum", got {loss.reduction!r}')
-    if not 0 <= loss.label_smoothing <= 1:
-        raise ValueError(f"{caller}(): label_smoothing must be in [0, 1], got {loss.label_smoothing}")
-    if loss.ignore_index is not None and not isinstance(loss.ignore_index, int):
-        raise TypeError(f"{caller}(): ignore_index must be an int, got {type(loss.ignore_index).__name__}")
     if target.shape != input.shape:
         shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
         raise ValueError(f"{caller}(): {target_name} must have the shape of {input_name}, {shapes}")
     if target.is_complex():
         raise TypeError(f"{caller}(): {target_name} must be floats, integers or bool, got {target.dtype}")
+    if loss.ignore_index is not None and not _is_value_of(loss.ignore_index, target.dtype):
+        raise ValueError(f"{caller}(): ignore_index must be a value that {target.dtype} has, got {loss.ignore_index}")
     weight = _weight_for(caller, "weight", weight, input)
     pos_weight = _weight_for(caller, "pos_weight", pos_weight, input)
     _check_devices(caller, **{input_name: input, target_name: target})

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from . import ops
-from .autograd import differentiable_again
+from .autograd import differentiable_again, more_than_reverse_mode_listens
 from .gates import FAR, SHIFTED_FROM, exp_scaled
 from .ops import kernels
 
-# e^80 and its reciprocal are normal numbers in fp32.
-NEAR = 80.0
+# e^NEAR and its reciprocal are normal numbers.
+NEAR = {torch.float32: 80.0, torch.float64: 700.0}
 # Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
 GAMMA_BITS, LOG_STEPS = 8, 64.0
 
@@ -138,35 +138,37 @@ def weighted_loss(
     e, scale = exp_scaled(-distance)
     tail = e * scale
     one_plus = 1 + tail
-    v_wrong, v_right = v * wrong, v * right
     clear = wrong == 0
     if order == 0 or gamma:
         log_one = torch.log1p(tail)
-    if order == 0:
-        # 0·∞ is 0 here, and the derivative in v_wrong is what it is for others.
-        result = v_wrong * torch.where(v_wrong == 0, near, distance) + (v_wrong + v_right) * log_one
-    if order == 1 or (order == 2 and gamma):
-        slope = torch.where(clear, -v_right * e, v_wrong - v_right * tail) / one_plus
-        slope = result = slope * torch.where(clear, scale, 1.0)
-    if order == 2:
-        result = (v_wrong + v_right) * e / one_plus**2 * scale
     if gamma:
         # Each branch of a `where` is differentiated, so each is finite where the other is taken.
         mixture = torch.where(clear, 1.0, wrong + right * tail)
         log_clear = -near
         if targets_vary:
-            log_clear = log_clear + torch.log(torch.where(clear, right + wrong * torch.exp(near.clamp(max=NEAR)), 1.0))
-        factor = power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
-        if order:
-            loss = v_wrong * near + (v_wrong + v_right) * log_one
-            q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
+            inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
+            log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
+        v = v * power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
+    v_wrong, v_right = v * wrong, v * right
+    if order == 0:
+        # Where the loss is infinite it is a line: with 0·∞ for the rest of its derivative there would be none.
+        infinite = distance.isinf()
+        line = torch.where(infinite & (v_wrong != 0), distance, 0.0) * (v_wrong.detach() if gamma else v_wrong)
+        return v_wrong * torch.where(infinite, near, distance) + (v_wrong + v_right) * log_one + line
+    if order == 1 or gamma:
+        slope = torch.where(clear, -v_right * e, v_wrong - v_right * tail) / one_plus
+        slope = result = slope * torch.where(clear, scale, 1.0)
+    if order == 2:
+        result = (v_wrong + v_right) * e / one_plus**2 * scale
+    if gamma:
+        loss = v_wrong * near + (v_wrong + v_right) * log_one
+        q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
         if order == 1:
             result = result + gamma * loss * q
-        if order == 2:
+        else:
             bend = (gamma - 1) * q - (1 - tail) / one_plus
             result = result + gamma * q * (2 * slope + loss * bend)
-        result = result * factor
-    return result if order != 1 else torch.where(above, result, -result)
+    return torch.where(above, result, -result) if order == 1 else result
 
 
 def is_nearby(x: Tensor) -> bool:
@@ -203,7 +205,10 @@ def power(gamma: float, first: Tensor, second: Tensor) -> Tensor:
     steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
     fraction, exponent = math.frexp(gamma)
     large = math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
-    return torch.exp(large * steps) * torch.exp((gamma - large) * steps + gamma * (first - steps + second))
+    product, rest = large * steps, (gamma - large) * steps + gamma * (first - steps + second)
+    exponent = product + rest
+    value = torch.exp(exponent)
+    return value + value * ((product - exponent) + rest)
 
 
 class LossFunction(Function):
@@ -263,14 +268,8 @@ def apply(
     loss: Loss, dtype: torch.dtype, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
     """The loss in `dtype`, recorded where anything listens."""
-    if (
-        ops.only_torch_operators_are_seen()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (
-            torch.is_grad_enabled()
-            and any(tensor is not None and tensor.requires_grad for tensor in (target, weight, pos_weight))
-        )
+    if more_than_reverse_mode_listens() or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (target, weight, pos_weight))
     ):
         return loss.formula(x, target, weight, pos_weight, dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):

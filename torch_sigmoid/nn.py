@@ -1,5 +1,7 @@
 """The layers."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -175,6 +177,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        functional.check_loss_options("BCEWithLogitsLoss", self.reduction, label_smoothing, ignore_index)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
 
@@ -182,6 +185,9 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         if self.label_smoothing or self.ignore_index is not None:
             raise NotImplementedError("torch.jit.script knows torch's loss only, without label_smoothing and ignore_index")
         return torch.nn.BCEWithLogitsLoss(self.weight, reduction=self.reduction, pos_weight=self.pos_weight)
+
+    def extra_repr(self) -> str:
+        return _targets_repr(self).removeprefix(", ")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -212,6 +218,7 @@ class SigmoidFocalLoss(torch.nn.Module):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
+        functional.check_loss_options("SigmoidFocalLoss", reduction, label_smoothing, ignore_index, alpha, gamma)
         self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
@@ -232,16 +239,29 @@ class SigmoidFocalLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}{_targets_repr(self)}"
+
+
+def _targets_repr(loss: torch.nn.Module) -> str:
+    """What a loss does to its targets, where that is anything."""
+    smoothing = f", label_smoothing={loss.label_smoothing}" if loss.label_smoothing else ""
+    return smoothing + (f", ignore_index={loss.ignore_index}" if loss.ignore_index is not None else "")
 
 
 class SigLIPLoss(torch.nn.Module):
-    """The sigmoid loss of image-text pairs, called with both features, scale and bias. See `torch_sigmoid.siglip_loss`."""
+    """The sigmoid loss of image-text pairs, called with both features, scale and bias. See `torch_sigmoid.siglip_loss`.
 
-    def __init__(self, *, chunk_size: int = 256, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+    A copy has the same process group. A process group cannot be pickled, but "world" can.
+    """
+
+    def __init__(self, *, chunk_size: int = 256, group: "torch.distributed.ProcessGroup | str | None" = None) -> None:
         super().__init__()
+        functional.check_chunk_size(chunk_size)
         self.chunk_size = chunk_size
         self.group = group
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
 
     def forward(
         self,

@@ -12,11 +12,11 @@ are what is saved. Distributed, the texts pass from rank to rank around a ring, 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .autograd import differentiable_again
+from .autograd import differentiable_again, more_than_reverse_mode_listens
 from .gates import weighted
 from .ops import kernels
 
@@ -89,7 +89,8 @@ class Ring:
         self.next, self.before = (dist.get_global_rank(group, (rank + step) % self.size) for step in (1, -1))
 
     def exchange(self, tensor: Tensor):
-        """Sends a contiguous tensor on; returns a function that waits for its counterpart and gives it."""
+        """Sends a tensor on; returns a function that waits for its counterpart and gives it."""
+        tensor = tensor.contiguous()
         received = torch.empty_like(tensor)
         sending = dist.P2POp(dist.isend, tensor, self.next, self.group)
         works = dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, self.before, self.group)])
@@ -156,28 +157,42 @@ class SigLIPFunction(Function):
             if isinstance(ctx.ring, Ring):
                 raise RuntimeError("siglip_loss(): with a process group there is no second derivative; got create_graph=True")
             return *gradients_formula(grad_output, image, text, scale, bias, ctx.chunk_size), None, None, None
-        to_image, to_texts, (to_scale, to_bias) = gradients(image, text, scale, bias, ctx.chunk_size, ctx.ring)
-        grad = grad_output.to(to_image.dtype) / image.shape[0]
-        to_features = ((each * (grad * scale)).to(image.dtype) for each in (to_image, to_texts))
+        to_image, to_text, (to_scale, to_bias) = gradients(
+            image, text, scale, bias, ctx.chunk_size, ctx.ring, ctx.needs_input_grad
+        )
+        grad = grad_output.to(to_scale.dtype) / image.shape[0]
+        to_features = (None if each is None else (each * (grad * scale)).to(image.dtype) for each in (to_image, to_text))
         return *to_features, (grad * to_scale).to(scale.dtype), (grad * to_bias).to(bias.dtype), None, None, None
 
 
-def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring):
-    """G·text, Gᵀ·image, and ΣG·⟨image, text⟩ with ΣG; the second one's texts come home around the ring."""
+def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring, needs):
+    """G·text and Gᵀ·image, None where not needed, and ΣG·⟨image, text⟩ with ΣG.
+
+    The gradients of the texts go around the ring with them, and come home in the end.
+    """
     pairs = Pairs(image, text, scale, bias, 2, ring.size, chunk_size)
-    to_image, to_texts = (tensor.new_zeros(tensor.shape, dtype=_sum_type(image)) for tensor in (image, text))
+    to_image, to_texts = (
+        tensor.new_zeros(tensor.shape, dtype=_sum_type(tensor)) if needed else None
+        for tensor, needed in zip((image, text), needs)
+    )
     with torch.autocast(image.device.type, enabled=False):
         for rank, texts in enumerate(ring.texts(text)):
             for chunk, rows in enumerate(pairs.rows):
                 gradient = pairs.gradient(image[rows] @ texts.mT, rank, chunk)
-                if to_image.dtype is image.dtype:
-                    to_image[rows].addmm_(gradient, texts)
-                    to_texts.addmm_(gradient.mT, image[rows])
-                else:
-                    to_image[rows] += gradient @ texts
-                    to_texts += gradient.mT @ image[rows]
-            to_texts = ring.exchange(to_texts)()
+                if to_image is not None:
+                    _add_product(to_image[rows], gradient, texts)
+                if to_texts is not None:
+                    _add_product(to_texts, gradient.mT, image[rows])
+            if to_texts is not None:
+                to_texts = ring.exchange(to_texts)()
     return to_image, to_texts, pairs.totals()
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    if total.dtype is one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += one @ other
 
 
 def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor):
@@ -185,7 +200,7 @@ def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tenso
     (similarity,) = ops.upcast(image[rows] @ text.mT)
     logits = similarity * scale + bias
     together = torch.zeros_like(logits, dtype=torch.bool)
-    together.diagonal(rows.start).fill_(True)
+    together.diagonal(rows.start).fill_(1)
     return similarity, torch.where(together, -logits, logits), together
 
 
@@ -221,14 +236,7 @@ _apply = super(Function, SigLIPFunction).apply
 
 def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, group, dtype: torch.dtype) -> Tensor:
     """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
-    if (
-        ops.only_torch_operators_are_seen()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or not image.numel()
-    ):
-        if group is not None and dist.get_world_size(group) > 1:
-            raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
+    if more_than_reverse_mode_listens() or not image.numel():
         return formula(image, text, scale, bias, chunk_size, dtype)
     tensors = map(torch._C._functorch.unwrap_if_dead, (image, text, scale, bias))
     return _apply(*tensors, chunk_size, group, dtype)
@@ -237,8 +245,8 @@ def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: 
 _calls: dict[str, int] = {}
 
 
-def batches_of(group, shape: tuple[int, ...]) -> list[str]:
-    """The shape of each rank's texts, told over the group's store: the host talks, and no device is waited for."""
+def told_by_ranks(group, told: str) -> list[str]:
+    """What each rank tells the others at this call, over the group's store: hosts talk, and no device is waited for."""
     store = dist.distributed_c10d._get_process_group_store(group)
     call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -246,9 +254,10 @@ def batches_of(group, shape: tuple[int, ...]) -> list[str]:
     def key(call, rank):
         return f"torch_sigmoid/siglip/{call}/{rank}"
 
-    store.set(key(call, rank), str(tuple(shape)))
-    shapes = [store.get(key(call, other)).decode() for other in range(size)]
+    store.set(key(call, rank), told)
+    keys = [key(call, other) for other in range(size)]
+    found = store.multi_get(keys) if store.has_extended_api() else [store.get(each) for each in keys]
     if call > 1:
-        # Every rank has begun this call, so all have read what was told for the last one.
+        # Every rank has begun this call, so all have read what was told at the last one.
         store.delete_key(key(call - 1, rank))
-    return shapes
+    return [each.decode() for each in found]
