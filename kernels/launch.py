@@ -165,7 +165,7 @@ class Plan(NamedTuple):
 
 def needs_int64(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:
     """Whether an element's offset in any of the tensors, or an index up to a tile past the end, exceeds 32 bits."""
-    reach = max(math.prod(shape), *(sum((size - 1) * stride for size, stride in zip(shape, own)) for own in strides))
+    reach = max(math.prod(shape) - 1, *(sum((size - 1) * stride for size, stride in zip(shape, own)) for own in strides))
     return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS
 
 

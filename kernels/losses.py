@@ -10,7 +10,7 @@ The target is smoothed as it is loaded, and may be of any dtype; weights are rea
 to. A sum is taken in two stages, in fp32 (fp64 for fp64): each program adds up its tiles, and one program adds up those sums,
 in an order that depends on shapes and strides only. What a single program can do alone takes one stage.
 
-`options` are a torch_sigmoid.losses.Loss.
+`options` have gamma, alpha, label_smoothing, ignore_index and reduction; alpha and ignore_index may be None.
 """
 
 from functools import lru_cache, partial

@@ -252,20 +252,25 @@ def large_part(gamma):
     return math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
 
 
+@triton.constexpr_function
+def number_of_factors(gamma):
+    """How often the base of a power is multiplied: 0 where a logarithm is cheaper, or the power no product."""
+    return int(gamma) if gamma in (1, 2, 3, 4) else 0
+
+
 @triton.jit
-def power(GAMMA: tl.constexpr, first, second, ROUND_TO_16_BIT: tl.constexpr):
-    """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
+def exp_of_product(GAMMA: tl.constexpr, first, second, ROUND_TO_16_BIT: tl.constexpr):
+    """e^(γ·(first + second)) for |first| ≤ FAR; but for 16 bit without the error of a large exponent that is rounded itself."""
+    if ROUND_TO_16_BIT and not INTERPRETED:
+        return libdevice.fast_expf(constant(GAMMA, first) * (first + second))
     LARGE: tl.constexpr = large_part(GAMMA)
     steps = tl.floor(first * LOG_STEPS + 0.5) / LOG_STEPS
     product = constant(LARGE, first) * steps
     rest = constant(GAMMA - LARGE, first) * steps + constant(GAMMA, first) * (first - steps + second)
     exponent = product + rest
     lost = (product - exponent) + rest
-    if ROUND_TO_16_BIT and not INTERPRETED:
-        return libdevice.fast_expf(exponent)
-    else:
-        value = exp(exponent)
-        return value + value * lost
+    value = exp(exponent)
+    return value + value * lost
 
 
 @triton.jit
@@ -278,7 +283,8 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
     u = (wrong + right·e)/(1+e)                 q = u'/u                          q' = -q·(q + (1-e)/(1+e))
     ℓ' = u^γ·(c' + γ·c·q)                       ℓ" = u^γ·(c" + 2γ·c'·q + γ·c·q·((γ-1)·q - (1-e)/(1+e)))
 
-    u^γ is the exponential of γ·log u, which is -γ·(y + log(1+e)) where nothing is wrong: no u underflows before it.
+    u^γ is a product for γ = 1, 2, 3 and 4, else the exponential of γ·log u, which is -γ·(y + log(1+e)) where nothing is wrong:
+    no u underflows before its power.
     """
     above = x >= 0.0
     wrong = tl.where(above, negative_part, positive)
@@ -294,8 +300,14 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
     if GAMMA != 0.0:
         gamma = constant(GAMMA, x)
         mixture = tl.where(clear, 1.0, tl.fma(right, tail, wrong))
-        log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
-        v = v * power(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
+        FACTORS: tl.constexpr = number_of_factors(GAMMA)
+        if FACTORS > 0:
+            u = quotient(tl.where(clear, e, mixture), one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
+            for _ in tl.static_range(FACTORS):
+                v = v * u
+        else:
+            log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
+            v = v * exp_of_product(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
     # v comes before what could underflow.
     v_wrong, v_right = v * wrong, v * right
     if ORDER == 0:

@@ -224,6 +224,7 @@ def test_only_what_is_needed_has_a_gradient(needed, device):
         torch.testing.assert_close(2 * grad, every[index], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_and_pickled(device):
     tensors = pairs(6, 3, torch.float32, device)
     with torch.no_grad():

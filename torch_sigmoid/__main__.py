@@ -41,14 +41,16 @@ def worst_ulp(actual: torch.Tensor, exact: list[float]) -> float:
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
-def worst_ulp_of_gates(x: torch.Tensor) -> float:
-    """The largest error of log-sigmoid, SiLU and a gate of 2.5, with gradients where these have no zero."""
+def worst_ulp_of_what_is_built_on_it(x: torch.Tensor) -> float:
+    """The largest error of log-sigmoid, SiLU, a gate of 2.5 and a cross entropy, with gradients where these have no zero."""
     numbers = [value for value in x.tolist() if value]
     x = x.detach()[x != 0].requires_grad_()
     operand = torch.full_like(x, 2.5).requires_grad_()
     logsigmoid, gated = torch_sigmoid.logsigmoid(x), torch_sigmoid.sigmoid_gate(operand, x)
     (of_logsigmoid,) = torch.autograd.grad(logsigmoid, x, torch.ones_like(x))
     of_operand, of_gate = torch.autograd.grad(gated, (operand, x), torch.ones_like(x))
+    entropy = torch_sigmoid.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
+    (of_entropy,) = torch.autograd.grad(entropy, x, torch.ones_like(x))
     results = (
         (torch_sigmoid.silu(x), lambda v: v * exact_sigmoid(v)),
         (logsigmoid, exact_logsigmoid),
@@ -56,12 +58,14 @@ def worst_ulp_of_gates(x: torch.Tensor) -> float:
         (gated, lambda v: 2.5 * exact_sigmoid(v)),
         (of_operand, exact_sigmoid),
         (of_gate, lambda v: 2.5 * exact_derivative(v)),
+        (entropy, lambda v: -exact_logsigmoid(v)),
+        (of_entropy, lambda v: -exact_sigmoid(-v)),
     )
     return max(worst_ulp(actual.detach().cpu(), list(map(exact, numbers))) for actual, exact in results)
 
 
 def check(device: torch.device, dtype: torch.dtype, allowance: float) -> tuple[list[float], bool]:
-    """The largest errors of σ, of its gradient from σ and from x, and of the gates, and whether all are in bounds.
+    """The largest errors of σ, of its gradient from σ and from x, and of gates and losses, and whether all are in bounds.
 
     The grid is one on which the true gradients are normal numbers. The gradient from σ is held against the σ it came from.
     """
@@ -77,7 +81,7 @@ def check(device: torch.device, dtype: torch.dtype, allowance: float) -> tuple[l
         worst_ulp(sigma.detach().cpu(), [exact_sigmoid(value) for value in x.tolist()]),
         worst_ulp(from_sigma[normal], slopes[normal].tolist()),
         worst_ulp(from_x, [exact_derivative(value) for value in x.tolist()]),
-        worst_ulp_of_gates(x),
+        worst_ulp_of_what_is_built_on_it(x),
     ]
     bounds = (FORWARD_ULP[dtype], *[BACKWARD_ULP[dtype]] * 3)
     return errors, all(error <= bound + allowance for error, bound in zip(errors, bounds))
@@ -114,10 +118,11 @@ def main() -> int:
             if dtype is torch.float64 and device.type == "mps":
                 continue
             allowance = INTERPRETER_ULP if interpreted and dtype is torch.bfloat16 else 0
-            (forward, from_sigma, from_x, of_gates), agrees = check(device, dtype, allowance)
+            (forward, from_sigma, from_x, of_others), agrees = check(device, dtype, allowance)
             print(
                 f"  {dtype!s:15} off by at most {forward:.2f} ulp forward, {from_sigma:.2f} backward from the output,"
-                f" {from_x:.2f} from the input, {of_gates:.2f} in the gates: {'agrees' if agrees else 'DISAGREES'} with float64"
+                f" {from_x:.2f} from the input, {of_others:.2f} in gates and losses:"
+                f" {'agrees' if agrees else 'DISAGREES'} with float64"
             )
             all_agree = all_agree and agrees
     print("\n" + ("everything agrees" if all_agree else "NOT everything agrees"))
