@@ -614,4 +614,4 @@ def test_what_the_readme_says_of_kernels_and_memory(name, monkeypatch):
         if label == "torch" or runs_kernels("cpu"):
             launched = " / ".join(str(counted[order]) for order in ("forward", "backward", "double backward"))
             assert cells[3].split(" → ")[index] == launched
-        assert cells[4].split(" → ")[index] == f"{counted['saved']:g}"
+        assert cells[4].split(" → ")[index] == f"{counted['saved']:.4g}"
