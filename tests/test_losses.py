@@ -696,6 +696,7 @@ BAD = {
         "torch.float32 has",
     ),
     "an alpha that is a tensor": (lambda: ts.sigmoid_focal_loss(x23, t23, torch.tensor(0.5)), TypeError, "alpha .* got Tensor"),
+    "two gammas": (lambda: ts.sigmoid_focal_loss(x23, t23, gamma=[2]), TypeError, "gamma must be a number, got list"),
     "no alpha": (lambda: ts.sigmoid_focal_loss(x23, t23, None), TypeError, "alpha must be a number, got NoneType"),
     "gamma in words": (lambda: ts.sigmoid_focal_loss(x23, t23, gamma="2"), TypeError, "gamma must be a number, got str"),
     "an infinite gamma": (lambda: ts.sigmoid_focal_loss(x23, t23, gamma=math.inf), ValueError, "got inf"),
@@ -721,6 +722,12 @@ def test_bad_input(bad):
     call, error, message = BAD[bad]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_of_numpy(device):
+    x, t = examples(torch.float32, device)
+    numbers = np.float32(0.5), np.float64(2.0)
+    assert torch.equal(ts.sigmoid_focal_loss(x, t, *numbers), ts.sigmoid_focal_loss(x, t, 0.5, 2.0))
 
 
 def test_targets_are_looked_at_under_debug_only(device):

@@ -22,6 +22,24 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import autograd, gates, losses, ops, siglip
+from .checks import (
+    DENSE_FLOATS,
+    SAVE_MODES,
+    check_broadcasts,
+    check_chunk_size,
+    check_devices,
+    check_loss_options,
+    check_save,
+    check_targets,
+    check_tensors,
+    described,
+    halved_dim,
+    is_value_of,
+    number_for,
+    process_group,
+    promoted,
+    weight_for,
+)
 
 __all__ = [
     "Path",
@@ -40,7 +58,6 @@ __all__ = [
     "warmup",
 ]
 
-SAVE_MODES = ("output", "input")
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
 _WIDE_DTYPES = frozenset((torch.float32, torch.float64))
@@ -211,12 +228,6 @@ _SILU, _LOGSIGMOID = gates.Unary("silu"), gates.Unary("logsigmoid")
 _SIGMOID_GATE = gates.Gated("sigmoid")
 
 
-def _check_tensors(caller: str, **tensors) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{caller}(): {name} must be a torch.Tensor, got {type(tensor).__name__}")
-
-
 def logsigmoid(input: Tensor) -> Tensor:
     r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
@@ -231,7 +242,7 @@ def logsigmoid(input: Tensor) -> Tensor:
     """
     if not isinstance(input, Tensor) and has_torch_function_unary(input):
         return handle_torch_function(logsigmoid, (input,), input)
-    _check_tensors("logsigmoid", input=input)
+    check_tensors("logsigmoid", input=input)
     return gates.apply(_LOGSIGMOID, input) if _is_ours(input) else torch.nn.functional.logsigmoid(input)
 
 
@@ -251,7 +262,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if not isinstance(input, Tensor) and has_torch_function_unary(input):
         return handle_torch_function(silu, (input,), input, inplace=inplace)
-    _check_tensors("silu", input=input)
+    check_tensors("silu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.silu(input, inplace)
     if not inplace:
@@ -280,20 +291,10 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """
     if not isinstance(input, Tensor) and has_torch_function_unary(input):
         return handle_torch_function(glu, (input,), input, dim=dim)
-    _check_tensors("glu", input=input)
+    check_tensors("glu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.glu(input, dim)
-    return gates.apply(gates.Gated("sigmoid", _halved("glu", input, dim)), input)
-
-
-def _halved(caller: str, input: Tensor, dim: int) -> int:
-    """`dim` counted from the front, if it can be halved."""
-    if input.dim() == 0:
-        raise ValueError(f"{caller}(): expected a tensor with a dimension to halve, got one of no dimensions")
-    size = input.size(dim)
-    if size % 2:
-        raise ValueError(f"{caller}(): the size of dim must be even, got {size} in dim {dim} of shape {tuple(input.shape)}")
-    return dim % input.dim()
+    return gates.apply(gates.Gated("sigmoid", halved_dim("glu", input, dim)), input)
 
 
 def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
@@ -315,10 +316,10 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
         TypeError: one is not a tensor.
         ValueError: `gate` does not broadcast to the shape of `input`, or is on another device.
     """
-    _check_tensors("sigmoid_gate", input=input, gate=gate)
-    _check_devices("sigmoid_gate", input=input, gate=gate)
-    _check_broadcasts("sigmoid_gate", "gate", gate, input)
-    input, gate = _promoted(input, gate)
+    check_tensors("sigmoid_gate", input=input, gate=gate)
+    check_devices("sigmoid_gate", input=input, gate=gate)
+    check_broadcasts("sigmoid_gate", "gate", gate, input)
+    input, gate = promoted(input, gate)
     if not (_is_ours(input) and _is_ours(gate)):
         return input * torch.sigmoid(gate)
     if gate.dim() < input.dim():
@@ -352,7 +353,7 @@ def swiglu(
     """
     if isinstance(up, int) and not isinstance(up, bool):
         up, dim = None, up
-    _check_tensors("swiglu", gate=gate, **({} if up is None else {"up": up}))
+    check_tensors("swiglu", gate=gate, **({} if up is None else {"up": up}))
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"swiglu(): alpha must be positive and finite, got {alpha}")
     if limit is not None and not limit >= 0:
@@ -364,12 +365,12 @@ def swiglu(
         "offset": float(clamped),
     }
     if up is None:
-        dim = _halved("swiglu", gate, dim)
+        dim = halved_dim("swiglu", gate, dim)
         if not _is_ours(gate):
             return _swiglu_in_torch(*gate.chunk(2, dim), constants)
         return gates.apply(gates.Gated("silu", dim, True, **constants), gate)
-    _check_devices("swiglu", gate=gate, up=up)
-    gate, up = _promoted(gate, up)
+    check_devices("swiglu", gate=gate, up=up)
+    gate, up = promoted(gate, up)
     if gate.shape != up.shape:
         try:
             gate, up = torch.broadcast_tensors(gate, up)
@@ -386,28 +387,6 @@ def _swiglu_in_torch(gate: Tensor, up: Tensor, constants: dict) -> Tensor:
     if constants["offset"]:
         raise TypeError(f"swiglu(): with alpha or limit the tensors must be dense and of a float dtype, got {gate.dtype}")
     return torch.nn.functional.silu(gate) * up
-
-
-def _check_broadcasts(caller: str, name: str, tensor: Tensor, input: Tensor) -> None:
-    shape, full = tuple(tensor.shape), tuple(input.shape)
-    if len(shape) > len(full) or any(size not in (1, whole) for size, whole in zip(reversed(shape), reversed(full))):
-        raise ValueError(f"{caller}(): {name} must broadcast to input's shape {full}, got {shape}")
-
-
-def _check_devices(caller: str, **tensors) -> None:
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"{caller}(): expected tensors on one device, got {found}")
-
-
-def _promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype torch would compute in; torch.result_type, which Dynamo does not know."""
-    if one.dtype is other.dtype:
-        return one, other
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    if one.is_floating_point() and other.is_floating_point() and (one.dim() == 0) != (other.dim() == 0):
-        dtype = one.dtype if one.dim() else other.dtype
-    return one.to(dtype), other.to(dtype)
 
 
 class debug(contextlib.ContextDecorator):
@@ -479,12 +458,12 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     caller = "binary_cross_entropy_with_logits"
-    _check_tensors(caller, input=input, target=target)
+    check_tensors(caller, input=input, target=target)
     check_loss_options(caller, reduction, label_smoothing, ignore_index)
     loss = losses.Loss(0.0, None, float(label_smoothing), ignore_index, reduction)
     if not (_is_ours(input) and target.layout is torch.strided and not target.is_nested):
         if label_smoothing or ignore_index is not None:
-            found = f"{_described(input)} with target {_described(target)}"
+            found = f"{described(input)} with target {described(target)}"
             raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense tensors, got {found}")
         return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
     return _loss(caller, loss, "input", input, "target", target, weight, pos_weight)
@@ -526,11 +505,11 @@ def sigmoid_focal_loss(
         options |= {"alpha": alpha, "gamma": gamma, "reduction": reduction}
         return handle_torch_function(sigmoid_focal_loss, arguments, inputs, targets, **options)
     caller = "sigmoid_focal_loss"
-    _check_tensors(caller, inputs=inputs, targets=targets)
+    check_tensors(caller, inputs=inputs, targets=targets)
     check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha, gamma)
     if not (_is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested):
-        found = f"{_described(inputs)} with targets {_described(targets)}"
-        raise TypeError(f"{caller}(): logits must be {_DENSE_FLOATS}, and targets dense, got {found}")
+        found = f"{described(inputs)} with targets {described(targets)}"
+        raise TypeError(f"{caller}(): logits must be {DENSE_FLOATS}, and targets dense, got {found}")
     loss = losses.Loss(float(gamma), None if alpha == -1 else float(alpha), float(label_smoothing), ignore_index, reduction)
     return _loss(caller, loss, "inputs", inputs, "targets", targets, weight, None)
 
@@ -586,7 +565,7 @@ def siglip_loss(
         return siglip.apply(*operands, chunk_size, None, dtype)
     if _is_compiling():
         torch._dynamo.graph_break()
-    group = _process_group(group)
+    group = process_group(group)
     # Whatever is wrong on one rank, the others are told, who would wait for it.
     try:
         *operands, dtype = _siglip_operands(*arguments, chunk_size)
@@ -606,94 +585,22 @@ def _siglip_operands(image_features, text_features, logit_scale, logit_bias, chu
     """Features, scale and bias as they are computed with, and the dtype of the loss."""
     caller = "siglip_loss"
     features = {"image_features": image_features, "text_features": text_features}
-    _check_tensors(caller, **features)
+    check_tensors(caller, **features)
     shapes = f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
     if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise ValueError(f"{caller}(): image_features and text_features must be of one shape (B, D), {shapes}")
     check_chunk_size(chunk_size)
-    _check_devices(caller, **features)
-    image, text = _promoted(image_features, text_features)
+    check_devices(caller, **features)
+    image, text = promoted(image_features, text_features)
     if not (_is_ours(image) and _is_ours(text)):
-        raise TypeError(f"{caller}(): features must be {_DENSE_FLOATS}, got {_described(image)} and {_described(text)}")
+        raise TypeError(f"{caller}(): features must be {DENSE_FLOATS}, got {described(image)} and {described(text)}")
     dtype = image.dtype
     if _autocasts(image.device.type) and dtype is not torch.float64:
         dtype = torch.float32
         image, text = (each.to(torch.get_autocast_dtype(image.device.type)) for each in (image, text))
-    scale = _number_for(caller, "logit_scale", logit_scale, image)
-    bias = _number_for(caller, "logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+    scale = number_for(caller, "logit_scale", logit_scale, image)
+    bias = number_for(caller, "logit_bias", 0.0 if logit_bias is None else logit_bias, image)
     return image, text, scale, bias, dtype
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    if not isinstance(chunk_size, int):
-        raise TypeError(f"siglip_loss(): chunk_size must be an int, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"siglip_loss(): chunk_size must be at least 1, got {chunk_size}")
-
-
-def _process_group(group):
-    distributed = torch.distributed
-    if group == "world":
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
-        return distributed.group.WORLD
-    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
-        raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
-    return group
-
-
-def _number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """A tensor without dimensions, of the arithmetic's dtype, on the device of `like`."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if isinstance(value, (int, float)):
-        return torch.full((), value, dtype=dtype, device=like.device)
-    _check_tensors(caller, **{name: value})
-    if value.numel() != 1:
-        raise ValueError(f"{caller}(): {name} must have one element, got shape {tuple(value.shape)}")
-    if value.is_complex():
-        raise TypeError(f"{caller}(): {name} must be real, got {value.dtype}")
-    if value.dim() or value.device.type != "cpu":
-        _check_devices(caller, **{"image_features": like, name: value})
-    return value.reshape(()).to(like.device, dtype)
-
-
-_DENSE_FLOATS = "dense, float64, float32, float16 or bfloat16"
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
-
-
-def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-1, gamma=0) -> None:
-    """An error unless the options of a loss are what the functions take."""
-    for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha), ("gamma", gamma)):
-        if isinstance(value, Tensor) or not isinstance(value, (int, float)):
-            raise TypeError(f"{caller}(): {name} must be a number, got {type(value).__name__}")
-    if not 0 <= gamma <= MAX_GAMMA:
-        raise ValueError(f"{caller}(): gamma must not be negative, nor above {MAX_GAMMA:g}, got {gamma}")
-    if alpha != -1 and not 0 <= alpha <= 1:
-        raise ValueError(f"{caller}(): alpha must be in [0, 1], or -1 for none, got {alpha}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'{caller}(): reduction must be "none", "mean" or "sum", got {reduction!r}')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{caller}(): label_smoothing must be in [0, 1], got {label_smoothing}")
-    if ignore_index is not None and not isinstance(ignore_index, int):
-        raise TypeError(f"{caller}(): ignore_index must be an int, got {type(ignore_index).__name__}")
-
-
-# Far beyond, γ·log(1 - p_t) is no finite number.
-MAX_GAMMA = 1e6
-
-
-def _is_value_of(number: int, dtype: torch.dtype) -> bool:
-    """Whether the dtype has exactly this integer."""
-    if dtype is torch.bool:
-        return number in (0, 1)
-    if not dtype.is_floating_point:
-        return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
-    info, magnitude = torch.finfo(dtype), abs(number)
-    digits = (magnitude // (magnitude & -magnitude or 1)).bit_length()
-    return magnitude <= info.max and digits <= 1 - round(math.log2(info.eps))
 
 
 def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weight):
@@ -703,13 +610,13 @@ def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weig
         raise ValueError(f"{caller}(): {target_name} must have the shape of {input_name}, {shapes}")
     if target.is_complex():
         raise TypeError(f"{caller}(): {target_name} must be floats, integers or bool, got {target.dtype}")
-    if loss.ignore_index is not None and not _is_value_of(loss.ignore_index, target.dtype):
+    if loss.ignore_index is not None and not is_value_of(loss.ignore_index, target.dtype):
         raise ValueError(f"{caller}(): ignore_index must be a value that {target.dtype} has, got {loss.ignore_index}")
-    weight = _weight_for(caller, "weight", weight, input)
-    pos_weight = _weight_for(caller, "pos_weight", pos_weight, input)
-    _check_devices(caller, **{input_name: input, target_name: target})
+    weight = weight_for(caller, "weight", weight, input)
+    pos_weight = weight_for(caller, "pos_weight", pos_weight, input)
+    check_devices(caller, **{input_name: input, target_name: target})
     if debug.depth and not (_is_compiling() or _is_tracing()):
-        _check_targets(caller, target_name, target, loss.ignore_index)
+        check_targets(caller, target_name, target, loss.ignore_index)
     dtype = input.dtype
     if target.dtype is not dtype and target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
@@ -722,30 +629,6 @@ def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weig
 
 def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _weight_for(caller: str, name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
-    if weight is None:
-        return None
-    _check_tensors(caller, **{name: weight})
-    if weight.is_complex():
-        raise TypeError(f"{caller}(): {name} must be real, got {weight.dtype}")
-    _check_broadcasts(caller, name, weight, input)
-    if weight.dim() == 0 and weight.device.type == "cpu":
-        # A number on the host goes with tensors of any device, as in torch.
-        return weight.to(input.device)
-    _check_devices(caller, **{"input": input, name: weight})
-    return weight
-
-
-def _check_targets(caller: str, name: str, target: Tensor, ignore_index: int | None) -> None:
-    if target.is_meta or not autograd.ops.has_plain_storage(target):
-        return
-    fine = (target >= 0) & (target <= 1)
-    if ignore_index is not None:
-        fine |= target == ignore_index
-    if not fine.all():
-        raise ValueError(f"{caller}(): {name} must be in [0, 1], got {target[~fine][0].item()}")
 
 
 def warmup(
@@ -781,12 +664,6 @@ def warmup(
             ops.kernels.warmup(device, dtype)
             if include_gates:
                 ops.kernels.gates.warmup(device, dtype)
-
-
-def check_save(save: str) -> None:
-    """A ValueError unless `save` is one of SAVE_MODES."""
-    if save not in SAVE_MODES:
-        raise ValueError(f'save must be "output" or "input", got {save!r}')
 
 
 def _sigmoid_out(input: Tensor, out: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import checks, functional, ops
 
 __all__ = [
     "GLU",
@@ -79,7 +79,7 @@ class Sigmoid(torch.nn.Sigmoid):
 
 def _mode(save: str, inplace: bool) -> str:
     """The two options in one word, which is all that a forward has to read."""
-    functional.check_save(save)
+    checks.check_save(save)
     if inplace and save == "input":
         raise ValueError('save="input" needs the input that inplace=True overwrites; expected one of the two')
     return "inplace" if inplace else save
@@ -177,7 +177,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
-        functional.check_loss_options("BCEWithLogitsLoss", self.reduction, label_smoothing, ignore_index)
+        checks.check_loss_options("BCEWithLogitsLoss", self.reduction, label_smoothing, ignore_index)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
 
@@ -218,7 +218,7 @@ class SigmoidFocalLoss(torch.nn.Module):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        functional.check_loss_options("SigmoidFocalLoss", reduction, label_smoothing, ignore_index, alpha, gamma)
+        checks.check_loss_options("SigmoidFocalLoss", reduction, label_smoothing, ignore_index, alpha, gamma)
         self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
@@ -256,7 +256,7 @@ class SigLIPLoss(torch.nn.Module):
 
     def __init__(self, *, chunk_size: int = 256, group: "torch.distributed.ProcessGroup | str | None" = None) -> None:
         super().__init__()
-        functional.check_chunk_size(chunk_size)
+        checks.check_chunk_size(chunk_size)
         self.chunk_size = chunk_size
         self.group = group
 

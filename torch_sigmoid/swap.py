@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import nn
-from .functional import binary_cross_entropy_with_logits, check_save, glu, logsigmoid, sigmoid, sigmoid_, silu
+from .checks import check_save
+from .functional import binary_cross_entropy_with_logits, glu, logsigmoid, sigmoid, sigmoid_, silu
 
 __all__ = ["intercept", "replace", "restore"]
 

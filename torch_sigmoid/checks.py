@@ -1,0 +1,153 @@
+"""What the public functions ask of their arguments: an error that says what came and what was expected, or the argument.
+
+Nothing here waits for a device, but for `check_targets`, which is asked under `torch_sigmoid.debug()` only.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+SAVE_MODES = ("output", "input")
+# Far beyond, γ·log(1 - p_t) is no finite number.
+MAX_GAMMA = 1e6
+DENSE_FLOATS = "dense, float64, float32, float16 or bfloat16"
+
+
+def check_save(save: str) -> None:
+    """A ValueError unless `save` is one of SAVE_MODES."""
+    if save not in SAVE_MODES:
+        raise ValueError(f'save must be "output" or "input", got {save!r}')
+
+
+def check_tensors(caller: str, **tensors) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{caller}(): {name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def check_devices(caller: str, **tensors) -> None:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"{caller}(): expected tensors on one device, got {found}")
+
+
+def check_broadcasts(caller: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    shape, full = tuple(tensor.shape), tuple(input.shape)
+    if len(shape) > len(full) or any(size not in (1, whole) for size, whole in zip(reversed(shape), reversed(full))):
+        raise ValueError(f"{caller}(): {name} must broadcast to input's shape {full}, got {shape}")
+
+
+def halved_dim(caller: str, input: Tensor, dim: int) -> int:
+    """`dim` counted from the front, if it can be halved."""
+    if input.dim() == 0:
+        raise ValueError(f"{caller}(): expected a tensor with a dimension to halve, got one of no dimensions")
+    size = input.size(dim)
+    if size % 2:
+        raise ValueError(f"{caller}(): the size of dim must be even, got {size} in dim {dim} of shape {tuple(input.shape)}")
+    return dim % input.dim()
+
+
+def promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype torch would compute in; torch.result_type, which Dynamo does not know."""
+    if one.dtype is other.dtype:
+        return one, other
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    if one.is_floating_point() and other.is_floating_point() and (one.dim() == 0) != (other.dim() == 0):
+        dtype = one.dtype if one.dim() else other.dtype
+    return one.to(dtype), other.to(dtype)
+
+
+def described(tensor: Tensor) -> str:
+    return f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
+
+
+def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-1, gamma=0) -> None:
+    """An error unless the options of a loss are what the functions take."""
+    for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha), ("gamma", gamma)):
+        if not isinstance(value, (int, float, numbers.Real)):
+            raise TypeError(f"{caller}(): {name} must be a number, got {type(value).__name__}")
+    if not 0 <= gamma <= MAX_GAMMA:
+        raise ValueError(f"{caller}(): gamma must not be negative, nor above {MAX_GAMMA:g}, got {gamma}")
+    if alpha != -1 and not 0 <= alpha <= 1:
+        raise ValueError(f"{caller}(): alpha must be in [0, 1], or -1 for none, got {alpha}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'{caller}(): reduction must be "none", "mean" or "sum", got {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{caller}(): label_smoothing must be in [0, 1], got {label_smoothing}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise TypeError(f"{caller}(): ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def is_value_of(number: int, dtype: torch.dtype) -> bool:
+    """Whether the dtype has exactly this integer."""
+    if dtype is torch.bool:
+        return number in (0, 1)
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+    info, magnitude = torch.finfo(dtype), abs(number)
+    digits = (magnitude // (magnitude & -magnitude or 1)).bit_length()
+    return magnitude <= info.max and digits <= 1 - round(math.log2(info.eps))
+
+
+def weight_for(caller: str, name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """The weight on input's device, if it broadcasts to input's shape."""
+    if weight is None:
+        return None
+    check_tensors(caller, **{name: weight})
+    if weight.is_complex():
+        raise TypeError(f"{caller}(): {name} must be real, got {weight.dtype}")
+    check_broadcasts(caller, name, weight, input)
+    if weight.dim() == 0 and weight.device.type == "cpu":
+        # A number on the host goes with tensors of any device, as in torch; waiting for the device would be of no use.
+        return weight.to(input.device, non_blocking=True)
+    check_devices(caller, **{"input": input, name: weight})
+    return weight
+
+
+def check_targets(caller: str, name: str, target: Tensor, ignore_index: int | None) -> None:
+    """A ValueError unless all targets are in [0, 1] or ignored."""
+    if target.is_meta or not ops.has_plain_storage(target):
+        return
+    fine = (target >= 0) & (target <= 1)
+    if ignore_index is not None:
+        fine |= target == ignore_index
+    if not fine.all():
+        raise ValueError(f"{caller}(): {name} must be in [0, 1], got {target[~fine][0].item()}")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"siglip_loss(): chunk_size must be an int, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"siglip_loss(): chunk_size must be at least 1, got {chunk_size}")
+
+
+def number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A tensor without dimensions, of the arithmetic's dtype, on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=dtype, device=like.device)
+    check_tensors(caller, **{name: value})
+    if value.numel() != 1:
+        raise ValueError(f"{caller}(): {name} must have one element, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"{caller}(): {name} must be real, got {value.dtype}")
+    if value.dim() or value.device.type != "cpu":
+        check_devices(caller, **{"image_features": like, name: value})
+    return value.reshape(()).to(like.device, dtype, non_blocking=True)
+
+
+def process_group(group: "torch.distributed.ProcessGroup | str") -> "torch.distributed.ProcessGroup":
+    """The group that "world" stands for at this time, or the group itself."""
+    distributed = torch.distributed
+    if group == "world":
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
+        return distributed.group.WORLD
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
+    return group
