@@ -313,6 +313,65 @@ def check_a_watch_launches_without_looking_up():
     assert watched == [(3 + 2 * 2, 3 + 3), (3 + 2 * 2, 0)], watched
 
 
+def loss_calls():
+    """Losses of the same shapes that differ in all that a compilation depends on, forward and backward."""
+
+    def call(x, target, **options):
+        def run():
+            leaf = x.detach().requires_grad_()
+            loss = torch_sigmoid.binary_cross_entropy_with_logits(leaf, target, **options)
+            (grad,) = torch.autograd.grad(loss, leaf, torch.empty(()).expand(loss.shape), create_graph=True)
+            torch.autograd.grad(grad, leaf, grad.detach())
+
+        return run
+
+    bfloat16, weight = torch.bfloat16, torch.empty(64)
+    for shape, reduction in itertools.product(((16, 64), (300, 64)), ("none", "mean")):
+        x = torch.empty(shape, dtype=bfloat16)
+        targets = [torch.empty(shape, dtype=dtype) for dtype in (bfloat16, torch.float32, torch.int64, torch.bool)]
+        targets += [torch.empty(shape[::-1], dtype=bfloat16).t(), torch.empty(shape[0], 80, dtype=bfloat16)[:, :64]]
+        targets += [
+            torch.empty(shape[0] * 64 + 1, dtype=bfloat16)[1:].view(shape),
+            torch.empty((), dtype=bfloat16).expand(shape),
+        ]
+        for target in targets:
+            yield call(x, target, reduction=reduction)
+        for options in ({"weight": weight}, {"pos_weight": weight}, {"pos_weight": weight[:1]}, {"label_smoothing": 0.1}):
+            yield call(x, targets[0], reduction=reduction, **options)
+        yield call(x, targets[2], reduction=reduction, ignore_index=-100)
+        yield call(x.float(), targets[2], reduction=reduction, ignore_index=-100)
+
+
+def check_a_kept_launch_of_a_loss_is_what_triton_itself_would_launch():
+    seen, original = [], launch.Launcher.__call__
+
+    def recorded(self, inputs, outputs):
+        original(self, inputs, outputs)
+        seen.append((record.function, record.grid))
+
+    def launches_of(call):
+        seen.clear()
+        call()
+        return tuple(seen)
+
+    calls = list(loss_calls())
+    launch.Launcher.__call__ = recorded
+    try:
+        expected = []
+        for call in calls:
+            for launcher in launch._launchers:
+                launcher.kept.clear()
+            expected.append(launches_of(call))
+        assert len(set(expected)) > len(calls) // 2
+        pairs = list(zip(calls, expected)) * 2
+        random.Random(0).shuffle(pairs)
+        for call, launches in pairs:
+            assert launches_of(call) == launches
+        assert sum(through_triton(call) for call in calls) == 0
+    finally:
+        launch.Launcher.__call__ = original
+
+
 def main():
     failures = {}
     for name, check in list(globals().items()):
