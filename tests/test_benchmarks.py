@@ -17,6 +17,10 @@ DTYPES = [dtype for dtype in TOLERANCE if dtype is not torch.float64]
 GATES = [name for name, operator in operators().items() if operator.family == "gates"]
 
 
+# Whole trainings, and memory, are the interpreter's own there; its kernels have tests of their own.
+not_interpreted = pytest.mark.skipif(kernels.INTERPRETED, reason="measures torch's operators, or a GPU")
+
+
 def sigmoid_row(**providers):
     """The row of sigmoid with these functions in place of its providers."""
     providers = {label: Provider(function) for label, function in providers.items()}
@@ -222,6 +226,7 @@ def test_the_losses_have_files_of_their_own(monkeypatch, tmp_path):
         assert {row["operator"] for row in rows} == {name for name, each in operators().items() if each.family == family}
 
 
+@not_interpreted
 @pytest.mark.skipif(not siglip.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
 def test_the_memory_of_pairs_is_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     assert siglip.main(["--device", "cpu", "--pairs", "300", "1500", "--out", str(tmp_path)]) == 0
@@ -410,6 +415,7 @@ def vanishing(monkeypatch):
     return vanishing
 
 
+@not_interpreted
 def test_the_demonstration_sees_gradients_vanish(vanishing, tmp_path):
     assert vanishing.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert {path.name for path in (tmp_path / "cpu").iterdir()} == {
@@ -434,6 +440,7 @@ def test_the_demonstration_sees_gradients_vanish(vanishing, tmp_path):
     assert kept[first] > 0
 
 
+@not_interpreted
 def test_the_demonstration_fails_where_a_gradient_is_lost_after_all(vanishing, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(vanishing.ACTIVATIONS, 'sigmoid, save="input"', torch_sigmoid.Sigmoid)
     assert vanishing.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 1
