@@ -464,6 +464,7 @@ class Meddling(torch_sigmoid.diagnostics.GradientWatch):
         args[0].data.mul_(1.001)
 
 
+@not_interpreted
 @pytest.mark.parametrize(("watch", "code"), [(torch_sigmoid.diagnostics.GradientWatch, 0), (Meddling, 1)])
 def test_the_price_of_a_watch_is_measured_only_where_it_changes_nothing(watch, code, monkeypatch, tmp_path, capsys):
     from benchmarks import watch as part
