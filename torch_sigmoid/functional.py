@@ -482,9 +482,10 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     r"""α_t·(1 - p_t)^γ·BCE(x, t) for logits x and targets t, the focal loss of Lin et al. 2017, as torchvision.ops has it.
 
-    1 - p_t = t·σ(-x) + (1-t)·σ(x), and α_t = α·t + (1-α)·(1-t). The power is taken in log space, where 1 - p_t neither cancels
-    nor underflows: value and gradient are finite for every γ, 0 < γ < 1 included, and every logit, ±∞ included (but for the
-    value where it is infinite itself: a logit of ±∞ against its target).
+    1 - p_t = t·σ(-x) + (1-t)·σ(x), which does not cancel, and α_t = α·t + (1-α)·(1-t). 1 - p_t does not underflow before its
+    power is taken, by a product where γ is a small integer and else in log space: value and gradient are finite for every γ,
+    0 < γ < 1 included, and every logit, ±∞ included (but for the value where it is infinite itself: a logit of ±∞ against its
+    target).
 
     Args:
         inputs: logits x, of any shape and float dtype.
