@@ -1,29 +1,136 @@
-"""Devices, and allocations that show a lane never written."""
+"""How the kernels run, devices, and allocations that show a lane never written.
+
+`--kernels` says what launches a kernel on a CPU tensor: nothing ("device", which leaves kernels to a GPU, if there is one),
+Triton's interpreter, or a machine that executes the PTX compiled for a GPU (ptx/). A test that has a `device` on which kernels
+run must launch one, unless it is marked `launches_nothing`, and so must a whole run: tests that silently take torch's path
+show nothing.
+"""
 
 import os
 
 import pytest
 import torch
 
-import torch_sigmoid
-
 # Two pytest workers on two cores: one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# Small tensors too are meant for the kernels here; test_launch.py tests where torch's operator takes over.
-torch_sigmoid.ops.torch_below = 0
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+WAYS = ("device", "interpreter", "ptx")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("kernels")
+    inherited = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "device"
+    group.addoption("--kernels", choices=WAYS, default=inherited, help="what executes kernels (default: %(default)s)")
+    models = "exact, ulp-high, ulp-low, isa-high, isa-low, isa-opposed, random-1 or random-2"
+    group.addoption("--ptx-model", default="exact", help=f"the error of approximate instructions: {models}")
+    group.addoption("--ptx-arch", type=int, default=90, help="the compute capability that PTX is compiled for: 80, 90 or 100")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "launches_nothing(reason): has a device, but runs no kernel on it")
+    config.addinivalue_line("markers", "not_interpreted(reason): the interpreter has nothing to add to the other ways")
+    config.kernels = Kernels(config.getoption("kernels"))
+    if config.kernels.way == "ptx":
+        from ptx import MODELS, device
+
+        config.kernels.ptx = device.activate(config.getoption("ptx_arch"))
+        config.kernels.ptx.model = MODELS[config.getoption("ptx_model")]
+
+
+class Kernels:
+    """The way kernels run in this process, and how many did."""
+
+    def __init__(self, way):
+        self.way = way
+        self.ptx = None
+        self.n_launches = 0
+        if way == "interpreter":
+            os.environ["TRITON_INTERPRET"] = "1"
+        import torch_sigmoid
+
+        # Small tensors too are meant for the kernels here; test_launch.py tests where torch's operator takes over.
+        torch_sigmoid.ops.torch_below = 0
+        if not torch_sigmoid.ops.kernels.UNAVAILABLE:
+            from torch_sigmoid.kernels.launch import Launcher
+
+            launch = Launcher.__call__
+
+            def counted(launcher, inputs, outputs):
+                self.n_launches += outputs[0].numel() > 0
+                return launch(launcher, inputs, outputs)
+
+            Launcher.__call__ = counted
 
 
 def pytest_report_header(config):
+    import torch_sigmoid
+
     paths = {device: torch_sigmoid.path(torch.empty(1, device=device)) for device in DEVICES}
-    return [f"torch_sigmoid on {device}: {path.name} ({path.reason})" for device, path in paths.items()]
+    kernels = config.kernels
+    detail = f", sm_{kernels.ptx.arch}, approximate instructions {kernels.ptx.model}" if kernels.ptx else ""
+    return [
+        f"kernels: {kernels.way}{detail}",
+        *(f"torch_sigmoid on {device}: {path.name} ({path.reason})" for device, path in paths.items()),
+    ]
+
+
+def pytest_collection_modifyitems(config, items):
+    """What no kernel takes part in is the same in every way, and runs once: with the kernels left to the device."""
+    way = config.kernels.way
+    if way == "device":
+        return
+    kept, elsewhere = [], []
+    for item in items:
+        concerns_kernels = "device" in item.fixturenames or "kernels" in item.fixturenames
+        left_out = not concerns_kernels or (way == "interpreter" and item.get_closest_marker("not_interpreted"))
+        (elsewhere if left_out else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=elsewhere)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test on a device that runs kernels must have launched one."""
+    kernels = item.config.kernels
+    before = kernels.n_launches
+    result = yield
+    device = getattr(item, "funcargs", {}).get("device")
+    runs_kernels = device == "cuda" or (device == "cpu" and kernels.way != "device")
+    if runs_kernels and kernels.n_launches == before and not item.get_closest_marker("launches_nothing"):
+        pytest.fail(f"no kernel was launched on {device}, where kernels run; mark the test if it needs none", pytrace=False)
+    return result
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A run that names a way to execute kernels, and passes without having executed one, has shown nothing."""
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["n_launches"] = config.kernels.n_launches
+    elif config.kernels.way != "device" and exitstatus == pytest.ExitCode.OK and config.kernels.n_launches == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """What an xdist worker has launched."""
+    node.config.kernels.n_launches += getattr(node, "workeroutput", {}).get("n_launches", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(f"kernels: {config.kernels.way}, {config.kernels.n_launches} launches")
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def kernels(request):
+    """How kernels run: `way`, `n_launches`, and the emulated device `ptx`, or None."""
+    return request.config.kernels
 
 
 @pytest.fixture(params=["output", "input"])

@@ -1,0 +1,176 @@
+"""A GPU for Triton that numpy executes: tensors on a CPU take the kernels' path.
+
+The package's own `Launcher`, Triton's binder and its compiler run unchanged. Where they would hand machine code to a GPU, the
+PTX of the same compilation is executed instead. `activate` puts this device in place, for the rest of the process.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime.driver import driver
+
+from .arithmetic import EXACT
+from .machine import launch
+from .memory import Operand
+from .program import parse
+
+# Of these parameters, given as outputs, a kernel reads the elements that it writes.
+READ_TOO = frozenset(("totals_ptr",))
+# Of these some elements may be left as they were: units in which nothing was alive, and sums that fewer programs leave.
+MAY_STAY_UNWRITTEN = frozenset(("alive_ptr", "sums_ptr", "scale_sums_ptr", "bias_sums_ptr"))
+
+
+class _Utils:
+    """What Triton asks of a driver's library: the limits of an H100, and a handle for each compiled kernel."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def get_device_properties(self, index):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name, binary, shared_bytes, index):
+        text = self.device.ptx_of[bytes(binary)]
+        handle = len(self.device.texts)
+        self.device.texts.append((name, text))
+        n_registers, n_spills, max_threads = 32, 0, 1024
+        return object(), handle, n_registers, n_spills, max_threads
+
+
+class Device(CudaDriver):
+    """Triton's driver of the emulated GPU.
+
+    Attributes:
+        model: the error of the approximate instructions.
+        n_launches: kernels executed so far.
+        reports: a `Report` for each launch, if it is a list; None keeps none.
+        only: `only(n_programs)` gives the programs to run, in place of all.
+        rewrite: `rewrite(name, ptx)` gives the PTX to execute in place of a kernel's own.
+    """
+
+    def __init__(self, arch):
+        self.arch = arch
+        self.utils = _Utils(self)
+        self.launcher_cls = functools.partial(_Launch, self)
+        self.ptx_of: dict[bytes, str] = {}  # by machine code
+        self.texts: list[tuple[str, str]] = []  # name and PTX, by handle
+        self.tensors: list[tuple] = []  # inputs and outputs of the launches under way
+        self.model = EXACT
+        self.n_launches = 0
+        self.reports = None
+        self.only = None
+        self.rewrite = None
+        # The index of tensors on a CPU.
+        self.get_current_device = lambda: -1
+        self.set_current_device = lambda index: None
+        self.get_current_stream = lambda index: 0
+        self.get_device_capability = lambda index=None: divmod(arch, 10)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    @functools.cache  # noqa: B019: there is one device, and it lives as long as the process
+    def program(self, text):
+        return parse(text)
+
+    def observe(self, launcher):
+        """Make a class of launchers tell this device what a launch reads and writes."""
+        call = launcher.__call__
+
+        def observed(launcher, inputs, outputs):
+            self.tensors.append((inputs, outputs))
+            try:
+                call(launcher, inputs, outputs)
+            finally:
+                self.tensors.pop()
+
+        launcher.__call__ = observed
+
+    def listen(self, *, metadata_group, **_):
+        """Triton tells of each compilation, kept ones too: remember the PTX that belongs to the machine code."""
+        paths = {Path(path).suffix: Path(path) for path in metadata_group.values()}
+        if ".cubin" in paths:
+            self.ptx_of[paths[".cubin"].read_bytes()] = paths[".ptx"].read_text()
+
+
+class _Launch:
+    """What stands in the place of Triton's CudaLauncher for one compiled kernel."""
+
+    def __init__(self, device, source, metadata):
+        self.device = device
+        self.names = list(source.fn.arg_names)
+        self.signature = source.signature
+        self.threads = 32 * metadata.num_warps
+        self.shared = metadata.shared
+
+    def __call__(self, n_programs, grid_y, grid_z, stream, function, packed, metadata, enter_hook, exit_hook, *arguments):
+        assert grid_y == grid_z == 1
+        device = self.device
+        name, text = device.texts[function]
+        if device.rewrite is not None:
+            text = device.rewrite(name, text)
+        program = device.program(text)
+        given = [each for pair in zip(self.names, arguments, strict=True) for each in self._given(*pair)]
+        values = [value for _, _, value in given]
+        # Scratch memory, which these kernels have none of.
+        values += [0] * (len(program.parameters) - len(values))
+        report = launch(
+            program,
+            n_programs,
+            self.threads,
+            values,
+            self._operands([name for name, kind, _ in given if kind[0] == "*"]),
+            shared=self.shared,
+            model=device.model,
+            only=None if device.only is None else device.only(n_programs),
+            count_sectors=device.reports is not None,
+        )
+        device.n_launches += 1
+        if device.reports is not None:
+            device.reports.append(report)
+
+    def _given(self, name, value, kind=None):
+        """Name, type and number of what is passed to the kernel for a parameter; constants are compiled in."""
+        kind = self.signature[name] if kind is None else kind
+        if isinstance(kind, tuple):
+            for index, (each, its_kind) in enumerate(zip(value, kind)):
+                yield from self._given(f"{name}[{index}]", each, its_kind)
+        elif kind != "constexpr":
+            yield name, kind, value.data_ptr() if hasattr(value, "data_ptr") else value
+
+    def _operands(self, names):
+        inputs, outputs = self.device.tensors[-1]
+        tensors = [(tensor, True, False) for tensor in inputs] + [(tensor, False, True) for tensor in outputs]
+        assert len(names) == len(tensors), f"{len(names)} pointers for {len(tensors)} tensors"
+        return [
+            Operand(name, tensor, is_input or name in READ_TOO, is_output, name in MAY_STAY_UNWRITTEN)
+            for name, (tensor, is_input, is_output) in zip(names, tensors)
+        ]
+
+
+def activate(arch: int = 90) -> Device:
+    """Make kernels run on the emulated device, for tensors on a CPU.
+
+    Args:
+        arch: the compute capability that Triton compiles for: 80, 90 or 100.
+    """
+    assert "TRITON_INTERPRET" not in os.environ, "the interpreter does not compile"
+    from torch_sigmoid import nn, ops
+    from torch_sigmoid.kernels.launch import Launcher
+
+    device = Device(arch)
+    driver.set_active(device)
+    knobs.compilation.listener = device.listen
+
+    device.observe(Launcher)
+    refusal = ops.kernels_refusal
+    ops.kernels_refusal = functools.cache(lambda device: None if device.type == "cpu" else refusal(device))
+    ops.KERNELS_EXIST = True
+    nn._TORCH_ALONE = False
+    assert torch.empty(0).get_device() == device.get_current_device()
+    return device

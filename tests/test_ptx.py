@@ -1,0 +1,383 @@
+"""The machine that executes PTX: its arithmetic is exact, and it finds the faults it is there to find."""
+
+import importlib
+import math
+import re
+import shutil
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from ptx import MODELS, PtxError, arithmetic, parse
+from ptx.instructions import check
+
+import torch_sigmoid as ts
+from torch_sigmoid import ops
+
+# --- arithmetic against exact rationals -----------------------------------------------------------------------------------
+
+
+def rounded(exact: Fraction, toward=round) -> float:
+    """An exact number as the fp32 number that `toward` chooses among its neighbours: round ties to even, or floor."""
+    if not exact:
+        return 0.0
+    exponent = abs(exact).numerator.bit_length() - abs(exact).denominator.bit_length()
+    exponent -= Fraction(2) ** exponent > abs(exact)
+    unit = Fraction(2) ** (max(exponent, -126) - 23)
+    value = toward(exact / unit) * unit
+    return math.copysign(math.inf, exact) if abs(value) >= 2**128 else float(value)
+
+
+def awkward_fp32(rng, n):
+    """Any bits at all, numbers of every size, and short mantissas, whose products end in ties."""
+    of_any_bits = rng.integers(0, 2**32, n, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    of_any_size = (rng.standard_normal(n) * np.exp2(rng.integers(-80, 60, n))).astype(np.float32)
+    short = np.ldexp(rng.integers(1, 2**12, n).astype(np.float32), rng.integers(-90, 40, n))
+    return np.choose(rng.integers(0, 3, n), [of_any_bits, of_any_size, short]).astype(np.float32)
+
+
+def test_fma_of_fp32_is_rounded_once():
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        a, b, c = (awkward_fp32(rng, 4000) for _ in range(3))
+        nearly = a.astype(np.float64) * b * rng.choice([-1, 1, 2.0**-24, 2.0**-25, -(2.0**-30)], len(a))
+        c = np.where(rng.random(len(a)) < 0.4, nearly.astype(np.float32), c)
+        nearest, down = arithmetic.fma32(a, b, c), arithmetic.fma32(a, b, c, "rm")
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    assert finite.sum() > 3000
+    for i in np.flatnonzero(finite):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        assert nearest[i] == rounded(exact)
+        if abs(exact) < 2**127:
+            assert down[i] == rounded(exact, math.floor)
+
+
+def test_fma_of_fp64_is_rounded_once():
+    rng = np.random.default_rng(1)
+    n = 3000
+    a, b = (rng.standard_normal(n) * np.exp2(rng.integers(-500, 500, n).astype(float)) for _ in range(2))
+    with np.errstate(all="ignore"):
+        nearly = a * b * rng.choice([-1, 1, 2.0**-53, -(2.0**-54), 2.0**-60], n)
+        c = np.where(rng.random(n) < 0.6, nearly, rng.standard_normal(n))
+        c = np.where(np.isfinite(c), c, 1.0)
+        result = arithmetic.fma64(a, b, c)
+    for i in range(n):
+        exact = Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i])
+        try:
+            expected = float(exact)
+        except OverflowError:
+            expected = math.copysign(math.inf, exact)
+        assert result[i] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_to_16_bit_are_torchs(dtype):
+    rng = np.random.default_rng(2)
+    x = np.concatenate([awkward_fp32(rng, 100_000), rng.standard_normal(100_000).astype(np.float32)])
+    narrow = arithmetic.to_bf16 if dtype is torch.bfloat16 else arithmetic.to_f16
+    with np.errstate(over="ignore"):
+        mine = torch.from_numpy(narrow(x).view(np.int16)).view(dtype)
+    theirs = torch.from_numpy(x).to(dtype)
+    assert torch.equal(mine.isnan(), theirs.isnan())
+    assert torch.equal(mine.view(torch.int16)[~mine.isnan()], theirs.view(torch.int16)[~theirs.isnan()])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("operation", [*arithmetic.ULPS, *arithmetic.RELATIVE])
+def test_a_model_is_as_wrong_as_it_may_be_and_no_more(operation, name):
+    exact = np.random.default_rng(3).uniform(1.0, 2.0, 5000) * np.exp2(np.random.default_rng(4).integers(-60, 60, 5000))
+    model = MODELS[name]
+    wrong = np.abs(model.round(operation, exact, exact.view(np.uint64)).astype(np.float64) - exact)
+    ulp = np.exp2(np.floor(np.log2(exact))) * 2.0**-23
+    if model.part is None:
+        assert (wrong <= ulp / 2).all()
+    elif model.one_ulp or operation in arithmetic.ULPS:
+        allowed = 1.0 if model.one_ulp else arithmetic.ULPS[operation]
+        assert (wrong <= (allowed + 0.5) * ulp).all(), "counted from the correctly rounded result"
+        assert (wrong > (allowed - 0.6) * ulp).any()
+    else:
+        allowed = arithmetic.RELATIVE[operation] * (np.maximum(exact, 1.0) if operation == "lg2" else exact)
+        assert (wrong <= np.maximum(allowed, ulp / 2) * (1 + 1e-9)).all()
+        assert (wrong > allowed / 4).any()
+
+
+# --- what is not known stops ------------------------------------------------------------------------------------------------
+
+KERNEL = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0
+)
+{{
+	.reg .b32 	%r<4>;
+	mov.u32 %r1, %tid.x;
+	{statement}
+	ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("sin.approx.f32 %r2, %r1;", "line 8: sin.approx.f32 .*unknown instruction sin"),
+        ("add.rz.f32 %r2, %r1, %r1;", "line 8: .*add with rz is not known"),
+        ("mul.f16x2 %r2, %r1, %r1;", "line 8: .*mul with f16x2 is not known"),
+        ("bra $nowhere;", r"line 8: no label \$nowhere"),
+        ("ld.global.b32 %r2, [%r1+%r2];", "line 8: unknown address"),
+        (".branchtargets L1;", "line 8: unknown directive"),
+    ],
+)
+def test_what_is_not_known_stops_with_its_line(statement, message):
+    with pytest.raises(PtxError, match=message):
+        check(parse(KERNEL.format(statement=statement)))
+
+
+# --- faults that must be found ------------------------------------------------------------------------------------------------
+
+KERNELS = Path(ts.__file__).parent.parent / "kernels"
+
+
+@pytest.fixture
+def ptx(kernels):
+    """The emulated device; as it was, afterwards."""
+    if kernels.ptx is None:
+        pytest.skip("needs --kernels=ptx")
+    yield kernels.ptx
+    kernels.ptx.rewrite = kernels.ptx.only = None
+
+
+def forward():
+    return ops.sigmoid_forward(torch.randn(1103))
+
+
+def losses_summed():
+    return ts.binary_cross_entropy_with_logits(torch.randn(5000), torch.rand(5000), reduction="sum")
+
+
+def in_place_gradient():
+    """SigLIP's backward writes gradients over the similarities."""
+    features = [torch.randn(64, 32, requires_grad=True) for _ in range(2)]
+    ts.siglip_loss(*features, torch.tensor(2.0, requires_grad=True), -1.0).backward()
+
+
+def once(pattern, replacement):
+    """The first place where the pattern is found."""
+    return lambda text: re.sub(pattern, replacement, text, count=1, flags=re.S)
+
+
+def last(pattern, replacement):
+    return once(rf"{pattern}(?!.*{pattern})", replacement)
+
+
+def without_a_predicate_where(pattern):
+    return last(rf"@!?%p\d+ ({pattern})", r"\1")
+
+
+# The kernel, what is changed in its PTX, what then runs, and what the error says: the instruction, the thread and the tensor.
+FAULTS_IN_PTX = {
+    "tail mask one too wide": (
+        "sigmoid_forward_kernel",
+        last(r"setp\.lt\.s32", "setp.le.s32"),
+        forward,
+        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x_ptr",
+    ),
+    "body mask always true": (
+        "sigmoid_forward_kernel",
+        once(r"setp\.lt\.s32", "setp.ne.s32"),
+        forward,
+        r"out of bounds: 16 bytes at .* past the end of x_ptr",
+    ),
+    "a vector access off its alignment": (
+        "sigmoid_forward_kernel",
+        once(r"(st\.global\.v4\.b32 \[ %rd\d+ \+ )0", r"\g<1>4"),
+        forward,
+        r"st\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at sigma_ptr\[1\]",
+    ),
+    "half the stride": (
+        "sigmoid_forward_kernel",
+        once(r"mul\.wide\.s32 (\s*%rd\d+, %r\d+), 4", r"mul.wide.s32 \1, 2"),
+        forward,
+        r"ld\.global\.v4.*thread 1 of program 0: misaligned: 16 bytes at x_ptr\[2\]",
+    ),
+    "written to the input": (
+        "sigmoid_forward_kernel",
+        once("sigmoid_forward_kernel_param_1]", "sigmoid_forward_kernel_param_0]"),
+        forward,
+        r"st\.global.*thread 0 of program 0: writes to no output: x_ptr\[0\]",
+    ),
+    "every program does the first one's tile": (
+        "sigmoid_forward_kernel",
+        once(r"mov\.u32 (\s*%r\d+), %ctaid\.x", r"mov.u32 \1, 0"),
+        forward,
+        r"no thread of any program has written sigma_ptr\[1024\]",
+    ),
+    "a register that nothing has set": (
+        "sigmoid_forward_kernel",
+        once(r"ex2\.approx\.ftz\.f32 (\s*%r\d+), %r\d+", r"ex2.approx.ftz.f32 \1, %r9999"),
+        forward,
+        r"ex2.*thread 0 of program 0: %r9999 is read and was never written",
+    ),
+    "a loop that loads one tile more": (
+        "fold_kernel",
+        once(r"setp\.lt\.s32(\s*%p3,)", r"setp.le.s32\1"),
+        losses_summed,
+        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of sums_ptr",
+    ),
+    "a barrier removed": (
+        "loss_forward_kernel",
+        once(r"bar\.sync[ \t]*0;", ""),
+        losses_summed,
+        r"ld\.shared.*thread \d+ of program \d: reads shared memory that",
+    ),
+    "the last barrier removed": (
+        "loss_forward_kernel",
+        last(r"bar\.sync[ \t]*0;", ""),
+        losses_summed,
+        r"thread \d+ of program \d: (reads|writes) shared memory that",
+    ),
+    "a barrier that the first warp jumps over": (
+        "loss_forward_kernel",
+        once(
+            r"\n\tret;",
+            "\n mov.u32 %r9999, %tid.x; setp.lt.u32 %p9999, %r9999, 32; @%p9999 bra $over; bar.sync 0; $over: ret;",
+        ),
+        losses_summed,
+        r"bar\.sync 0: a barrier that only 96 of 128 threads of program 0 reach",
+    ),
+    "a shuffle that some threads skip": (
+        "loss_forward_kernel",
+        once(r"(\n\s*)(shfl\.sync)", r"\1mov.u32 %r9999, %tid.x; setp.lt.u32 %p9999, %r9999, 32; @%p9999 \2"),
+        losses_summed,
+        r"shfl.*thread 0 of program 0: some threads of a warp skip what all must execute",
+    ),
+    "sums stored by more threads than have one": (
+        "loss_forward_kernel",
+        without_a_predicate_where(r"st\.shared"),
+        losses_summed,
+        r"st\.shared.*thread 4 of program \d: out of bounds of 16 bytes of shared memory",
+    ),
+    "a gradient written over what another thread will read": (
+        "pairs_gradient_kernel",
+        once(r"(st\.global\.v4\.b32 \[ %rd\d+ \+ )(0|16)", lambda found: f"{found[1]}{int(found[2]) ^ 32}"),
+        in_place_gradient,
+        r"thread \d+ of program \d: (writes what .* reads|reads what .* writes|two threads write different values).*similarity_ptr",
+    ),
+    "a 32-bit address": (
+        "sigmoid_forward_kernel",
+        once(r"(add\.s64 \s*(%rd\d+), [^;]*;)", r"\1 cvt.u32.u64 %r9999, \2; cvt.u64.u32 \2, %r9999;"),
+        forward,
+        r"ld\.global.*thread 0 of program 0: out of bounds: 16 bytes at \d+ bytes before the start of",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_IN_PTX)
+def test_a_fault_in_the_machine_code_is_found(fault, ptx):
+    name, change, run, message = FAULTS_IN_PTX[fault]
+    changed = []
+
+    def rewrite(kernel, text):
+        if kernel != name:
+            return text
+        text = text.replace(".reg .pred", ".reg .pred \t%p<1>; .reg .b32 \t%r<1>; .reg .pred", 1)
+        changed.append(change(text) != text)
+        return change(text)
+
+    run()
+    ptx.rewrite = rewrite
+    with pytest.raises(PtxError, match=f"(?s){name}, line \\d+: .*{message}|{name}: {message}"):
+        run()
+    assert changed == [True]
+
+
+def changed_kernels(folder, file, old, new):
+    """The package `kernels` with one place of its source changed, under a name of its own."""
+    name = f"kernels_{abs(hash((file, old, new)))}"
+    package = shutil.copytree(KERNELS, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (package / file).read_text()
+    assert source.count(old) >= 1, "the source has changed: say anew what the fault is"
+    (package / file).write_text(source.replace(old, new, 1))
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def strided(n):
+    return torch.randn(n, 3)[:, 0]
+
+
+FAULTS_IN_KERNELS = {
+    "a mask one too wide": (
+        ("launch.py", "mask = columns < end", "mask = columns <= end"),
+        lambda kernels: kernels.sigmoid_forward(torch.randn(1031)),
+        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x_ptr",
+    ),
+    "the tail missing": (
+        ("sigmoid.py", "tl.static_range(2)", "tl.static_range(1)"),
+        lambda kernels: kernels.sigmoid_forward(torch.randn(1031)),
+        r"sigmoid_forward_kernel: no thread of any program has written sigma_ptr\[1024\]",
+    ),
+    "the stride of the wrong operand": (
+        (
+            "sigmoid.py",
+            "saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)",
+            "saved = load_tile(saved_ptr, saved_row_stride, grad_output_column_stride, tile)",
+        ),
+        lambda kernels: kernels.sigmoid_backward(strided(300), torch.randn(300), True),
+        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at \d+ bytes past the end of saved_ptr",
+    ),
+    "a stride left out": (
+        (
+            "launch.py",
+            "return tl.load(pointer + columns * column_stride, mask=mask)",
+            "return tl.load(pointer + columns, mask=mask)",
+        ),
+        lambda kernels: kernels.sigmoid_forward(strided(300)),
+        r"ld\.global.*thread \d+ of program 0: reads memory that is no input and that nobody has written: x_ptr\[\d+\]",
+    ),
+    "offsets of 32 bits": (
+        ("launch.py", "return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS", "return False"),
+        lambda kernels: kernels.sigmoid_forward(far_apart()),
+        r"thread \d+ of program 0: out of bounds: 2 bytes at \d+ bytes before the start of x_ptr",
+    ),
+    "a compilation kept for other alignments": (
+        ("launch.py", "key += tensor.dtype, tensor.stride(), pointer & 15", "key += tensor.dtype, tensor.stride()"),
+        lambda kernels: [kernels.sigmoid_forward(torch.randn(2064)[first : first + 2048]) for first in (0, 1)],
+        r"ld\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at x_ptr\[0\]",
+    ),
+    "an output never written": (
+        (
+            "sigmoid.py",
+            "store_tile(grad_saved_ptr, grad_saved_row_stride, grad_saved_column_stride, tile, grad_saved)",
+            "pass",
+        ),
+        lambda kernels: kernels.sigmoid_double_backward(*torch.randn(3, 100), True),
+        r"sigmoid_double_backward_kernel: no thread of any program has written grad_saved_ptr\[0\]",
+    ),
+    "sums read before they are written": (
+        ("losses.py", "mask = start + offsets < n_partials", "mask = start + offsets < n_partials + 1"),
+        lambda kernels: kernels.losses.folded(torch.randn(100), torch.float32),
+        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of sums_ptr",
+    ),
+}
+
+
+def far_apart():
+    """Elements 2²⁷ apart, the last of them 2³¹ from the first; no page is touched but theirs."""
+    return torch.from_numpy(np.zeros(2**31 + 64, dtype=np.float16)).as_strided((17,), (2**27,))
+
+
+@pytest.mark.parametrize("fault", FAULTS_IN_KERNELS)
+def test_a_fault_in_a_kernel_is_found(fault, ptx, tmp_path):
+    change, run, message = FAULTS_IN_KERNELS[fault]
+    changed = changed_kernels(tmp_path, *change)
+    ptx.observe(changed.launch.Launcher)
+    with pytest.raises(PtxError, match=f"(?s){message}"):
+        run(changed)
