@@ -104,7 +104,7 @@ def test_ten_million_fp32_inputs(model):
     """A third of any bits, a third all over the range in which σ varies, a third of every size a network has."""
     generator = torch.Generator().manual_seed(7)
     chunk = 1 << 19
-    for first in range(0, N_RANDOM, 3 * chunk):
+    for _ in range(0, N_RANDOM, 3 * chunk):
         x = torch.randint(-(2**31), 2**31, (chunk,), generator=generator).to(torch.int32).view(torch.float32)
         assert_equal(x, model)
         assert_equal(torch.rand(chunk, generator=generator) * 210 - 105, model)

@@ -265,7 +265,7 @@ FAULTS_IN_PTX = {
         "pairs_gradient_kernel",
         once(r"(st\.global\.v4\.b32 \[ %rd\d+ \+ )(0|16)", lambda found: f"{found[1]}{int(found[2]) ^ 32}"),
         in_place_gradient,
-        r"thread \d+ of program \d: (writes what .* reads|reads what .* writes|two threads write different values).*similarity_ptr",
+        r"thread \d+ of program \d: (writes what .* reads|reads what .* writes|two threads write different).*similarity_ptr",
     ),
     "a 32-bit address": (
         "sigmoid_forward_kernel",
