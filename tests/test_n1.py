@@ -65,15 +65,10 @@ def different(ours, theirs):
     return (ours.view(bits) != theirs.view(bits)) & ~(ours.isnan() & theirs.isnan())
 
 
-@pytest.fixture(params=ptx.MODELS.values(), ids=str)
-def model(request, kernels):
-    """A model of the approximate instructions, under which our kernels run too."""
+@pytest.fixture(autouse=True)
+def only_where_ptx_is_executed(kernels):
     if kernels.ptx is None:
         pytest.skip("needs --kernels=ptx")
-    before = kernels.ptx.model
-    kernels.ptx.model = request.param
-    yield request.param
-    kernels.ptx.model = before
 
 
 def assert_equal(x, model):

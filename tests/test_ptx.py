@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -85,6 +86,10 @@ def test_conversions_to_16_bit_are_torchs(dtype):
     theirs = torch.from_numpy(x).to(dtype)
     assert torch.equal(mine.isnan(), theirs.isnan())
     assert torch.equal(mine.view(torch.int16)[~mine.isnan()], theirs.view(torch.int16)[~theirs.isnan()])
+
+
+def test_the_options_models_are_the_machines():
+    assert tuple(MODELS) == conftest.MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)
