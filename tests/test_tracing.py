@@ -1,5 +1,7 @@
 """torch.compile, torch.export, make_fx, fake tensors, torch.jit and fx."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference import FROM_INPUT, derivative, gradient, random, ulp_error
@@ -96,6 +98,19 @@ def test_compiled_module_and_intercept(save, device):
     with torch_sigmoid.intercept(save=save):
         compiled = torch.compile(lambda x: torch.sigmoid(x) * 2, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), torch.sigmoid(x) * 2)
+
+
+def test_intercept_around_a_compiled_function_at_every_call_and_in_every_thread(save, device):
+    x = random((3,), torch.float32, device)
+    compiled = torch.compile(lambda x: torch.sigmoid(x) * 2, backend="eager", fullgraph=True)
+
+    def call():
+        with torch_sigmoid.intercept(save=save):
+            return [compiled(x), compiled(x)]
+
+    with ThreadPoolExecutor(1) as other_thread:
+        results = [*other_thread.submit(call).result(), *call()]
+    assert all(torch.equal(result, torch.sigmoid(x) * 2) for result in results)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
