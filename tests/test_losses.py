@@ -24,6 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
 from benchmarks.operators import focal_loss as plain_focal
+from torch_sigmoid import losses
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 REDUCTIONS = ["none", "mean", "sum"]
@@ -148,6 +149,39 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
             loss = lambda x, t: ts.binary_cross_entropy_with_logits(x, t, **options)  # noqa: E731, B023
         _, grad = value_and_gradient(loss, x, ignored)
         assert grad[index] == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+def test_an_infinite_weight_in_torch_operators(far, target, name, device):
+    """∞·ℓ, as torch has it where torch has a number; `far` logits take another formula on a CPU."""
+    inf = math.inf
+    x = [-1.0, 0.0, 1.0] + [-inf, -200.0, -100.0, 100.0, 200.0, inf] * far
+    x = torch.tensor(x, device=device, requires_grad=True)
+    t, weights = torch.full_like(x, target), {"weight": None, "pos_weight": None, name: torch.full_like(x, inf)}
+    loss = losses.Loss(reduction="none")
+    value = loss.formula(x.detach(), t, **weights, dtype=x.dtype)
+    grad = loss.backward_formula(torch.ones_like(x), x.detach(), t, **weights, count=None)
+    recorded = loss.formula(x, t, **weights, dtype=x.dtype).detach()
+    theirs = F.binary_cross_entropy_with_logits(x, t, reduction="none", **weights)
+    (their_grad,) = torch.autograd.grad(theirs.sum(), x)
+    for actual, expected in ((value, theirs.detach()), (recorded, theirs.detach()), (grad, their_grad)):
+        assert torch.equal(actual[~expected.isnan()], expected[~expected.isnan()])
+    if name == "weight":
+        assert torch.equal(value.isinf(), loss.formula(x.detach(), t, None, None, x.dtype) > 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_forward_mode_keeps_the_dtype_of_a_logit_without_dimensions(gamma, reduction, device):
+    loss = loss_of(gamma, reduction)
+    x, t, tangent = (torch.tensor(value, device=device) for value in (0.7, 0.3, 1.5))
+    value, moved = torch.func.jvp(lambda x: loss(x, t), (x,), (tangent,))
+    assert value.dtype is moved.dtype is torch.float32
+    torch.testing.assert_close(moved, tangent * value_and_gradient(loss, x, t)[1])
+    _, of_gradient = torch.func.jvp(torch.func.grad(lambda x: loss(x, t)), (x,), (tangent,))
+    assert of_gradient.dtype is torch.float32
 
 
 WEIGHT = random((7,), torch.float32, seed=5).abs()
