@@ -8,6 +8,7 @@ from reference import FROM_INPUT, derivative, gradient, random, ulp_error
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import torch_sigmoid
 
@@ -218,3 +219,51 @@ def test_fx_symbolic_trace_keeps_our_function(save, device):
     assert any(node.target is torch_sigmoid.sigmoid for node in graph.graph.nodes)
     x = random((5,), torch.float32, device)
     torch.testing.assert_close(gradient(graph, x), gradient(torch.sigmoid, x))
+
+
+# Each public function, called by a function that fx traces, and how many tensors that takes.
+TRACED_BY_FX = {
+    "sigmoid": (lambda x: torch_sigmoid.sigmoid(x, save="input"), 1),
+    "sigmoid_": (lambda x: torch_sigmoid.sigmoid_(x), 1),
+    "logsigmoid": (lambda x: torch_sigmoid.logsigmoid(x), 1),
+    "silu": (lambda x: torch_sigmoid.silu(x, inplace=True), 1),
+    "glu": (lambda x: torch_sigmoid.glu(x, dim=0), 1),
+    "sigmoid_gate": (lambda x, gate: torch_sigmoid.sigmoid_gate(x, gate), 2),
+    "swiglu": (lambda gate, up: torch_sigmoid.swiglu(gate, up, alpha=1.702, limit=7.0), 2),
+    "swiglu of a packed tensor": (lambda packed: torch_sigmoid.swiglu(packed, 0), 1),
+    "swiglu of a constant": (lambda up: torch_sigmoid.swiglu(torch.ones(4, 4), up), 1),
+    "binary_cross_entropy_with_logits": (
+        lambda x, target, weight: torch_sigmoid.binary_cross_entropy_with_logits(x, target, pos_weight=weight),
+        3,
+    ),
+    "sigmoid_focal_loss": (lambda x, targets: torch_sigmoid.sigmoid_focal_loss(x, targets, gamma=1.5, reduction="sum"), 2),
+    "siglip_loss": (lambda image, text: torch_sigmoid.siglip_loss(image, text, 10.0, logit_bias=-3.0), 2),
+}
+
+
+@pytest.mark.parametrize("name", TRACED_BY_FX)
+def test_fx_symbolic_trace_records_each_function_as_one_call(name):
+    function, n_tensors = TRACED_BY_FX[name]
+    graph = torch.fx.symbolic_trace(function)
+    (called,) = (node.target for node in graph.graph.nodes if node.op == "call_function" and node.target is not torch.ones)
+    assert called is getattr(torch_sigmoid, name.split()[0])
+    tensors = [random((4, 4), torch.float32, "cpu", seed=i).sigmoid() for i in range(n_tensors)]
+    torch.testing.assert_close(graph(*map(torch.clone, tensors)), function(*map(torch.clone, tensors)))
+
+
+@pytest.mark.parametrize("name", TRACED_BY_FX)
+def test_a_function_mode_sees_torchs_operators_and_not_our_functions(name):
+    """So `intercept`, FLOP counters and tensor subclasses, which know torch's operators only, work inside of ours."""
+    seen = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    function, n_tensors = TRACED_BY_FX[name]
+    tensors = [random((4, 4), torch.float64, "cpu", seed=i).sigmoid() for i in range(n_tensors)]
+    with Recorder():
+        function(*tensors)
+    assert seen
+    assert not any(getattr(func, "__module__", None) == "torch_sigmoid.functional" for func in seen)

@@ -13,13 +13,14 @@ may run. The losses also take torch operators under torch.func and forward mode.
 
 import contextlib
 import math
-from collections.abc import Iterable
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from . import autograd, gates, losses, ops, siglip
 from .checks import (
@@ -80,6 +81,28 @@ _TRACED = Path("traced", "under torch.compile, export, jit.trace, functionalize 
 _SPARSE_OR_NESTED = Path("torch", "sparse and nested tensors are torch's own")
 _SMALL = Path("torch", "at this size torch's operator has the same bits and launches sooner (torch_sigmoid.ops.torch_below)")
 _torch_path = cache(lambda reason: Path("torch", reason))
+
+
+_Parameters, _Result = ParamSpec("_Parameters"), TypeVar("_Result")
+
+
+def _overridable(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let an argument that is no tensor but has a `__torch_function__`, such as fx's Proxy, take over the call.
+
+    Tensor subclasses and function modes do not: they see the torch operators that `function` calls. `sigmoid` and `sigmoid_`
+    check for themselves: there this wrapper would cost about half as much as the call.
+    """
+
+    @wraps(function)
+    def overridable(*args, **kwargs):
+        arguments = *args, *kwargs.values()
+        if has_torch_function(arguments) and not all(
+            isinstance(each, Tensor) or not hasattr(type(each), "__torch_function__") for each in arguments
+        ):
+            return handle_torch_function(overridable, arguments, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return overridable
 
 
 def path(input: Tensor, save: str = "output") -> Path:
@@ -228,6 +251,7 @@ _SILU, _LOGSIGMOID = gates.Unary("silu"), gates.Unary("logsigmoid")
 _SIGMOID_GATE = gates.Gated("sigmoid")
 
 
+@_overridable
 def logsigmoid(input: Tensor) -> Tensor:
     r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
@@ -240,12 +264,11 @@ def logsigmoid(input: Tensor) -> Tensor:
     Raises:
         TypeError: `input` is not a tensor.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(logsigmoid, (input,), input)
     check_tensors("logsigmoid", input=input)
     return gates.apply(_LOGSIGMOID, input) if _is_ours(input) else torch.nn.functional.logsigmoid(input)
 
 
+@_overridable
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
@@ -260,8 +283,6 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         TypeError: `input` is not a tensor.
         RuntimeError: `inplace` on a leaf that requires grad.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(silu, (input,), input, inplace=inplace)
     check_tensors("silu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.silu(input, inplace)
@@ -274,6 +295,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or autograd.differentiable_again() else input))
 
 
+@_overridable
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     r"""glu(a, b) = a·σ(b) for the halves a, b of `input` along `dim`; the gradient is written into one tensor like `input`.
 
@@ -289,14 +311,13 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         ValueError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(glu, (input,), input, dim=dim)
     check_tensors("glu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.glu(input, dim)
     return gates.apply(gates.Gated("sigmoid", halved_dim("glu", input, dim)), input)
 
 
+@_overridable
 def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     r"""input·σ(gate), with `gate` broadcast against `input`: squeeze-and-excitation, gated attention.
 
@@ -327,6 +348,7 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     return gates.apply(_SIGMOID_GATE, input, gate)
 
 
+@_overridable
 def swiglu(
     gate: Tensor, up: Tensor | int | None = None, dim: int = -1, *, alpha: float | None = None, limit: float | None = None
 ) -> Tensor:
@@ -405,6 +427,7 @@ class debug(contextlib.ContextDecorator):
         debug.depth -= 1
 
 
+@_overridable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -448,13 +471,6 @@ def binary_cross_entropy_with_logits(
         ValueError: target's shape is not input's, a weight does not broadcast, two devices, an unknown reduction, a smoothing
             out of range.
     """
-    arguments = input, target, weight, pos_weight
-    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        options |= {"reduction": reduction, "size_average": size_average, "reduce": reduce}
-        return handle_torch_function(
-            binary_cross_entropy_with_logits, arguments, input, target, weight=weight, pos_weight=pos_weight, **options
-        )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     caller = "binary_cross_entropy_with_logits"
@@ -469,6 +485,7 @@ def binary_cross_entropy_with_logits(
     return _loss(caller, loss, "input", input, "target", target, weight, pos_weight)
 
 
+@_overridable
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -500,11 +517,6 @@ def sigmoid_focal_loss(
 
     Returns, saves and raises as `binary_cross_entropy_with_logits`; a ValueError also for an alpha or gamma out of range.
     """
-    arguments = inputs, targets, weight
-    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "weight": weight}
-        options |= {"alpha": alpha, "gamma": gamma, "reduction": reduction}
-        return handle_torch_function(sigmoid_focal_loss, arguments, inputs, targets, **options)
     caller = "sigmoid_focal_loss"
     check_tensors(caller, inputs=inputs, targets=targets)
     check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha, gamma)
@@ -515,6 +527,7 @@ def sigmoid_focal_loss(
     return _loss(caller, loss, "inputs", inputs, "targets", targets, weight, None)
 
 
+@_overridable
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -558,9 +571,6 @@ def siglip_loss(
         RuntimeError: `group` together with create_graph=True, transforms or forward mode.
     """
     arguments = image_features, text_features, logit_scale, logit_bias
-    tensors = [each for each in arguments if each is not None and not isinstance(each, (int, float))]
-    if has_torch_function_variadic(*tensors) and not all(isinstance(each, Tensor) for each in tensors):
-        return handle_torch_function(siglip_loss, tensors, *arguments, chunk_size=chunk_size, group=group)
     if group is None:
         *operands, dtype = _siglip_operands(*arguments, chunk_size)
         return siglip.apply(*operands, chunk_size, None, dtype)
