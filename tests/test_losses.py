@@ -1,7 +1,9 @@
 """Binary cross entropy with logits and focal loss: right against float64 and mpmath, whatever the targets, in every mode."""
 
+import asyncio
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -781,6 +783,43 @@ def test_targets_are_looked_at_under_debug_only(device):
 
     assert ignoring().isfinite()
     assert ts.sigmoid_focal_loss(x, t).shape == x.shape
+
+
+def test_debug_ends_with_its_context_and_stays_in_its_thread_and_task(device):
+    x, t = examples(torch.float32, device)
+    t[0, 0] = 1.5
+
+    def is_looked_at():
+        try:
+            ts.binary_cross_entropy_with_logits(x, t)
+        except ValueError:
+            return True
+        return False
+
+    async def looking(steps):
+        with ts.debug():
+            await asyncio.sleep(0)
+            steps.append(is_looked_at())
+            await asyncio.sleep(0)
+
+    async def passing(steps):
+        for _ in range(3):
+            steps.append(is_looked_at())
+            await asyncio.sleep(0)
+
+    async def both():
+        looked, passed = [], []
+        await asyncio.gather(looking(looked), passing(passed))
+        return looked, passed
+
+    with ThreadPoolExecutor(1) as other_thread:
+        with ts.debug():
+            with ts.debug():
+                assert not other_thread.submit(is_looked_at).result()
+            assert is_looked_at()
+            assert other_thread.submit(ts.debug()(is_looked_at)).result()
+        assert not is_looked_at()
+    assert asyncio.run(both()) == ([True], [False] * 3)
 
 
 def test_the_deprecated_arguments_of_torch(device):

@@ -411,20 +411,23 @@ def _swiglu_in_torch(gate: Tensor, up: Tensor, constants: dict) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+# How many `debug` contexts surround this call; each thread and each asyncio task has a count of its own.
+_debug_depth: ContextVar[int] = ContextVar("torch_sigmoid.debug", default=0)
+
+
 class debug(contextlib.ContextDecorator):
     """A context in which the losses look at the values of their targets: `with torch_sigmoid.debug(): …`, or as a decorator.
 
     A target outside of [0, 1] that is not ignored, or is NaN, is then a ValueError. To find out, the host waits for the device
     at every call, which is why it is not done elsewhere. Compiled functions, and tensors without values, are not looked at.
+    Other threads and asyncio tasks are not affected.
     """
 
-    depth = 0
-
     def __enter__(self) -> None:
-        debug.depth += 1
+        _debug_depth.set(_debug_depth.get() + 1)
 
     def __exit__(self, *exception) -> None:
-        debug.depth -= 1
+        _debug_depth.set(_debug_depth.get() - 1)
 
 
 @_overridable
@@ -626,7 +629,7 @@ def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weig
     weight = weight_for(caller, "weight", weight, input)
     pos_weight = weight_for(caller, "pos_weight", pos_weight, input)
     check_devices(caller, **{input_name: input, target_name: target})
-    if debug.depth and not (_is_compiling() or _is_tracing()):
+    if not (_is_compiling() or _is_tracing()) and _debug_depth.get():
         check_targets(caller, target_name, target, loss.ignore_index)
     dtype = input.dtype
     if target.dtype is not dtype and target.is_floating_point():
