@@ -208,6 +208,16 @@ def test_jit_trace_records_an_exact_gradient(save, device):
     torch.testing.assert_close(gradient(traced, x), gradient(torch.sigmoid, x))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_jit_trace_of_silu_in_place_is_the_same_with_and_without_a_gradient(requires_grad, device):
+    """torch.jit.trace traces a second time, under no_grad, and compares the graphs."""
+    x = random((3,), torch.float32, device).requires_grad_(requires_grad)
+    traced = torch.jit.trace(lambda x: torch_sigmoid.silu(x * 1, inplace=True), x)
+    x = random((5,), torch.float32, device)
+    torch.testing.assert_close(traced(x), torch.nn.functional.silu(x))
+    torch.testing.assert_close(gradient(traced, x), gradient(torch.nn.functional.silu, x))
+
+
 def test_jit_script(save, device):
     scripted = torch.jit.script(torch.nn.Sequential(torch_sigmoid.Sigmoid(save=save)))
     x = random((5,), torch.float32, device)

@@ -277,7 +277,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
-        inplace: write the result over `input`, and return it. For a gradient a copy of `input` is saved, as in torch.
+        inplace: write the result over `input`, and return it. Only for a gradient a copy of `input` is saved, as in torch.
 
     Raises:
         TypeError: `input` is not a tensor.
@@ -291,8 +291,9 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if needs_grad and input.is_leaf:
         raise RuntimeError("silu(): input is a leaf tensor that requires grad, so it cannot be written over; got inplace=True")
-    # Under a transform another level may want a gradient that this one does not know of.
-    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or autograd.differentiable_again() else input))
+    # A transform may want a gradient at another level than this one, and jit.trace demands one graph with and without grad.
+    keeps_input = needs_grad or autograd.more_than_reverse_mode_listens()
+    return input.copy_(gates.apply(_SILU, input.clone() if keeps_input else input))
 
 
 @_overridable
