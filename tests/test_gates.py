@@ -519,10 +519,11 @@ def test_checkpointing(case, device):
 BAD = {
     "not a tensor": (lambda: ts.silu([1.0]), TypeError, "input must be a torch.Tensor, got list"),
     "logsigmoid of a number": (lambda: ts.logsigmoid(1.0), TypeError, "got float"),
-    "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), ValueError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
-    "no dim": (lambda: ts.glu(torch.tensor(1.0)), ValueError, "no dimensions"),
+    "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), RuntimeError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
+    "no dim": (lambda: ts.glu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "dim out of range": (lambda: ts.glu(torch.ones(2, 4), 2), IndexError, "out of range"),
-    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), ValueError, "must be even, got 3"),
+    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), RuntimeError, "must be even, got 3"),
+    "a packed tensor of no dim": (lambda: ts.swiglu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "halves of unequal size": (lambda: ts.swiglu(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"\(2, 3\) and \(2, 4\)"),
     "a gate that does not broadcast": (
         lambda: ts.sigmoid_gate(torch.ones(2, 3), torch.ones(2)),
@@ -546,6 +547,14 @@ def test_bad_input(bad):
     call, error, message = BAD[bad]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 3), torch.tensor(1.0)], ids=["odd", "no dimensions"])
+def test_what_cannot_be_halved_has_the_type_of_torchs_error(x):
+    with pytest.raises(Exception, match="must be even") as theirs:
+        F.glu(x)
+    with pytest.raises(theirs.type):
+        ts.glu(x)
 
 
 MODULES = {

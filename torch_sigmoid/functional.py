@@ -309,7 +309,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
     Raises:
         TypeError: `input` is not a tensor.
-        ValueError: the size of `dim` is odd, or there is no dimension.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
     """
     check_tensors("glu", input=input)
@@ -371,7 +371,8 @@ def swiglu(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: shapes that do not broadcast, two devices, an odd `dim`, an `alpha` or `limit` out of range.
+        ValueError: shapes that do not broadcast, two devices, an `alpha` or `limit` out of range.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
     """
     if isinstance(up, int) and not isinstance(up, bool):
