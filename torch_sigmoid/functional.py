@@ -180,7 +180,8 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x: the
             gradient is within 1 ulp of the true derivative in 16 bit (4 ulp in fp32), and x stays alive until backward.
             Integer, complex, sparse and nested tensors have torch's own gradient under both.
-        out: a tensor for the result, of its dtype and device; not differentiable, as in torch.
+        out: a tensor for the result, on its device; not differentiable, as in torch. The result is cast to its dtype, which
+            may be narrower or wider, but not an integer one, nor a real one for a complex input.
 
     Returns:
         A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: the fp32 kernel
@@ -188,7 +189,7 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
 
     Raises:
         TypeError: `input` or `out` is not a tensor.
-        ValueError: `save` is neither "output" nor "input"; `out` has another dtype or device than the result.
+        ValueError: `save` is neither "output" nor "input"; `out` is on another device, or of a dtype that takes no such result.
         RuntimeError: `out` is given where a gradient is wanted.
     """
     if not isinstance(input, Tensor):
@@ -687,6 +688,7 @@ def _sigmoid_out(input: Tensor, out: Tensor) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"sigmoid(): out must be a torch.Tensor, got {type(out).__name__}")
     dtype = input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.get_default_dtype()
-    if out.dtype is not dtype or out.device != input.device:
-        raise ValueError(f"sigmoid(): out must be {dtype} on {input.device}, as the result is, got {out.dtype} on {out.device}")
+    if not torch.can_cast(dtype, out.dtype) or out.device != input.device:
+        expected = f"a dtype that {dtype} can be cast to, on {input.device}"
+        raise ValueError(f"sigmoid(): out must have {expected}, got {out.dtype} on {out.device}")
     return torch.sigmoid(input, out=out)
