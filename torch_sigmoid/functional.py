@@ -396,14 +396,14 @@ def swiglu(
         return gates.apply(gates.Gated("silu", dim, True, **constants), gate)
     check_devices("swiglu", gate=gate, up=up)
     gate, up = promoted(gate, up)
+    if not (_is_ours(gate) and _is_ours(up)):
+        return _swiglu_in_torch(gate, up, constants)
     if gate.shape != up.shape:
         try:
             gate, up = torch.broadcast_tensors(gate, up)
         except RuntimeError:
             shapes = f"{tuple(gate.shape)} and {tuple(up.shape)}"
             raise ValueError(f"swiglu(): gate and up must broadcast together, got shapes {shapes}") from None
-    if not (_is_ours(gate) and _is_ours(up)):
-        return _swiglu_in_torch(gate, up, constants)
     return gates.apply(gates.Gated("silu", None, True, **constants), gate, up)
 
 
