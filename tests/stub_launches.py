@@ -257,7 +257,9 @@ def check_no_more_is_kept_than_the_limit():
 
 
 def check_reading_copies_nothing_of_a_tensor_that_is_copied_when_written():
-    """At the first launch, which is Triton's, and at kept ones."""
+    """At the first launch, which is Triton's, and at kept ones; not with an older torch, which has no way to."""
+    if not hasattr(torch.Tensor, "const_data_ptr"):
+        return
     source = torch.empty(640)
     BACKWARD.kept.clear()
     for offset in (0, 4):

@@ -482,6 +482,18 @@ def test_silu_in_place(device):
     assert torch.equal(leaf, x)
 
 
+class Operators(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
     def copies(x):
         with Operators() as operators:
@@ -493,18 +505,6 @@ def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
     assert copies(x.clone().requires_grad_() * 1) == 1
     with torch.no_grad():
         assert copies(x.clone().requires_grad_() * 1) == 0
-
-
-class Operators(TorchDispatchMode):
-    """Records the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)

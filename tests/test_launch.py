@@ -126,7 +126,7 @@ def test_kernels_run_on_nvidia_from_turing_on_and_on_every_amd_and_intel_gpu(ref
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert "(7, 0) is below" in refusal("cuda")
     assert refusal("xpu") is None
-    # A HIP device has a capability too, which tells nothing of Triton: MI100's is (9, 0), older ones have less.
+    # Under HIP the numbers count AMD's architectures, which NVIDIA's minimum says nothing of.
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert refusal("cuda") is None
     monkeypatch.setattr(torch.version, "hip", None)
@@ -140,6 +140,7 @@ def test_the_interpreter_takes_tensors_of_every_device_that_kernels_have(refusal
     assert refusal("mps") == "Triton has no kernels for device type 'mps'"
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "const_data_ptr"), reason="this torch has no way to read without copying")
 @pytest.mark.parametrize("offset", [0, 3])
 def test_reading_copies_nothing_of_a_tensor_that_is_copied_when_written(offset, device):
     """`torch._lazy_clone` shares memory until somebody writes; `data_ptr()` counts as writing."""
