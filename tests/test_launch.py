@@ -129,3 +129,80 @@ def test_warmup_refuses_what_has_no_kernels(device):
         torch_sigmoid.warmup(device, [torch.float32, torch.int64])
     assert torch_sigmoid.warmup(device, [torch.float32]) is None
     assert torch_sigmoid.warmup(dtypes=[]) is None
+
+
+@pytest.mark.skipif(bool(ops.kernels.UNAVAILABLE), reason="without Triton there are no launchers")
+def test_no_cache_of_the_kernels_grows_without_bound():
+    """Each alpha and limit of a gate, and each shape, is an entry."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("torch_sigmoid.kernels.")]
+    caches = {function for module in modules for function in vars(module).values() if hasattr(function, "cache_info")}
+    assert caches
+    assert [function.__name__ for function in caches if function.cache_info().maxsize is None] == []
+
+
+def test_a_gate_whose_launchers_were_dropped_computes_as_before(device):
+    x = random((33,), torch.float32, device)
+    before = torch_sigmoid.swiglu(x, x, alpha=1.5)
+    if not ops.kernels.UNAVAILABLE:
+        ops.kernels.gates._gate_launchers.cache_clear()
+    assert torch.equal(torch_sigmoid.swiglu(x, x, alpha=1.5), before)
+
+
+@pytest.fixture
+def refusal(monkeypatch):
+    """`ops.kernels_refusal` of an installation with Triton, without its interpreter."""
+    monkeypatch.setattr(ops.kernels, "UNAVAILABLE", None)
+    monkeypatch.setattr(ops.kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return lambda device: ops.kernels_refusal.__wrapped__(torch.device(device))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
+def test_devices_without_kernels_are_named(kind, refusal):
+    assert refusal(kind) == f"Triton has no kernels for device type '{kind}'"
+
+
+def test_kernels_run_on_nvidia_from_turing_on_and_on_every_amd_and_intel_gpu(refusal, monkeypatch):
+    capability = (7, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert "(7, 0) is below" in refusal("cuda")
+    assert refusal("xpu") is None
+    # Under HIP the numbers count AMD's architectures, which NVIDIA's minimum says nothing of.
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert refusal("cuda") is None
+    monkeypatch.setattr(torch.version, "hip", None)
+    capability = (7, 5)
+    assert refusal("cuda") is None
+
+
+def test_the_interpreter_takes_tensors_of_every_device_that_kernels_have(refusal, monkeypatch):
+    monkeypatch.setattr(ops.kernels, "INTERPRETED", True)
+    assert [refusal(kind) for kind in ("cpu", "cuda", "xpu")] == [None] * 3
+    assert refusal("mps") == "Triton has no kernels for device type 'mps'"
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "const_data_ptr"), reason="this torch has no way to read without copying")
+@pytest.mark.parametrize("offset", [0, 3])
+def test_reading_copies_nothing_of_a_tensor_that_is_copied_when_written(offset, device):
+    """`torch._lazy_clone` shares memory until somebody writes; `data_ptr()` counts as writing."""
+    source = random((103,), torch.float32, device)[offset:]
+    x, grad, target = (torch._lazy_clone(source) for _ in range(3))
+    x.requires_grad_()
+    shared = [x, grad, target]
+    results = [torch_sigmoid.sigmoid(x, save="input"), torch_sigmoid.silu(x), torch_sigmoid.swiglu(x, grad)]
+    results += [torch_sigmoid.binary_cross_entropy_with_logits(x, target, reduction="none")]
+    gradients = [torch.autograd.grad(result, x, grad)[0] for result in results]
+    assert all(map(torch._C._is_cow_tensor, shared))
+
+    plain = source.clone().requires_grad_()
+    expected = [torch_sigmoid.sigmoid(plain, save="input"), torch_sigmoid.silu(plain), torch_sigmoid.swiglu(plain, source)]
+    expected += [torch_sigmoid.binary_cross_entropy_with_logits(plain, source, reduction="none")]
+    assert all(map(torch.equal, results, expected))
+    assert all(map(torch.equal, gradients, [torch.autograd.grad(result, plain, source)[0] for result in expected]))
+
+    before = source.clone()
+    torch_sigmoid.sigmoid_(grad)
+    torch_sigmoid.silu(target, inplace=True)
+    assert not torch._C._is_cow_tensor(grad)
+    assert not torch._C._is_cow_tensor(target)
+    assert torch.equal(source, before)
