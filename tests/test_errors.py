@@ -8,6 +8,8 @@ from reference import random
 import torch_sigmoid
 from torch_sigmoid import Sigmoid, intercept, replace, restore, sigmoid, sigmoid_
 
+pytestmark = pytest.mark.launches_nothing("errors come before anything is computed")
+
 
 @pytest.mark.parametrize("value", [1.0, [1.0], None, "x", np.ones(2)], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("function", [sigmoid, sigmoid_])

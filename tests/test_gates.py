@@ -251,6 +251,7 @@ def test_batched_upstream_gradients_can_be_differentiated(case, device):
 
 
 @every_case
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_torch_compile_sees_the_whole_graph(case, device):
     ours, theirs, _ = CASES[case]
     torch._dynamo.reset()
@@ -261,6 +262,7 @@ def test_torch_compile_sees_the_whole_graph(case, device):
 
 
 @pytest.mark.parametrize("function", [ts.silu, ts.logsigmoid])
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_under_torch_compile_no_gradient_is_lost(function, device):
     torch._dynamo.reset()
     x = torch.linspace(-91, 87, 1001, dtype=torch.float32).to(torch.bfloat16)
@@ -273,6 +275,7 @@ def test_under_torch_compile_no_gradient_is_lost(function, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.launches_nothing("empty tensors among the cases")
 def test_every_layout(layout, dtype, device):
     make = LAYOUTS[layout]
     x, gate = make(dtype, device), make(dtype, device, seed=1)
@@ -336,6 +339,7 @@ BROADCASTS = [
 @pytest.mark.parametrize(("shape", "gate_shape"), BROADCASTS, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.launches_nothing("empty tensors among the cases")
 def test_a_gate_that_is_broadcast(shape, gate_shape, last, dtype, device):
     x, gate = random(shape, dtype, device), random(gate_shape, dtype, device, seed=1)
     if last:
@@ -424,6 +428,7 @@ def test_a_traced_graph_holds_for_other_inputs(device):
 
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_compile_with_a_size_that_depends_on_data(device):
     torch._dynamo.reset()
     x = random((20,), torch.float32, device)
@@ -437,6 +442,7 @@ def test_compile_with_a_size_that_depends_on_data(device):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_the_gradient_at_infinity(compiled, device):
     torch._dynamo.reset()
     x = torch.tensor([float("inf"), -float("inf"), 2.0], device=device)
