@@ -11,6 +11,9 @@ triton = pytest.importorskip("triton")
 if torch_sigmoid.functional.ops.kernels.UNAVAILABLE or torch_sigmoid.functional.ops.kernels.INTERPRETED:
     pytest.skip("compiles; the interpreter does not", allow_module_level=True)
 
+from ptx import parse
+from ptx.instructions import check
+
 from benchmarks.code import (
     AMD_ARCHITECTURES,
     EVEN,
@@ -23,9 +26,6 @@ from benchmarks.code import (
     operators,
     targets,
 )
-from ptx import parse
-from ptx.instructions import check
-
 from torch_sigmoid.kernels import gates, launch, losses, siglip, statistics
 from torch_sigmoid.losses import Loss
 
