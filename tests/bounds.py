@@ -120,7 +120,11 @@ class Arithmetic:
 
     def total_error(self, result, x):
         """What `result` may be off by, the error of e included; second orders are a 2^-20th of it."""
-        return (result.error + np.abs(result.slope) * self.exp_ulps * ulp(np.exp(-np.abs(x)))) * (1 + 2.0**-20)
+        e, far = np.exp(-np.abs(x)), np.abs(x) > 81
+        # Far out e is the product of an exponential of another mantissa with a scale.
+        of_e = np.where(far, 2.0**-23 * e, ulp(e * (1 + 2.0**-20)))
+        error = result.error + np.abs(result.slope) * self.exp_ulps * of_e + np.where(far, 0.55 * ulp(result.value), 0.0)
+        return error * (1 + 2.0**-20)
 
     def log_one_plus(self, e):
         s = self.quotient(e, e + 2)
