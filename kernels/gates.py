@@ -127,13 +127,7 @@ def weighted_gate(
     gate = g
     if LIMIT is not None:
         gate = tl.where(g > maths.constant(LIMIT, g), maths.constant(LIMIT, g), g)
-    if ALPHA != 1.0:
-        gate *= maths.constant(ALPHA, g)
-        if ORDER == 0:
-            v *= maths.constant(1.0 / ALPHA, g)
-        if ORDER == 2:
-            v *= maths.constant(ALPHA, g)
-    result = maths.weighted(v, gate, FUNCTION, ORDER, ROUND)
+    result = maths.weighted(v, gate, FUNCTION, ORDER, ROUND, ALPHA)
     if ORDER > 0 and LIMIT is not None:
         result = tl.where(g > maths.constant(LIMIT, g), 0.0, result)
     return result

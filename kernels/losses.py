@@ -8,7 +8,7 @@ double backward  for w, the gradient that reaches grad_x:
 
 The target is smoothed as it is loaded, and may be of any dtype; weights are read through the strides of what they broadcast
 to. A sum is taken in two stages, in fp32 (fp64 for fp64): each program adds up its tiles, and one program adds up those sums,
-in an order that depends on shapes and strides only. What a single program can do alone takes one stage.
+in an order that depends on shapes, strides and dtypes only. What a single program can do alone takes one stage.
 
 `options` have gamma, alpha, label_smoothing, ignore_index and reduction; alpha and ignore_index may be None.
 """

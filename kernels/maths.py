@@ -14,6 +14,11 @@ c(x) = positive·log(1 + e^-x) + negative·log(1 + e^x)      u(x) = positive·σ
 
 1 - σ cancels once σ rounds towards 1: from a bf16 σ it is exactly 0 for x ≥ 6.25. An operator that has x takes the form
 in e ≤ 1, which is even in x as σ' is, where nothing cancels or overflows, and which is 0 only where σ' is subnormal.
+
+Largest errors in fp32, in ulp of the result, or of the sum of its terms' sizes where they cancel: σ and σ' 4, silu and silu' 5,
+logsigmoid 5 and its derivative 4, binary cross entropy 6, focal loss 7.5·(1 + γ) for γ of 1, 2, 3 or 4, else 12·(1 + γ). They
+are derived from an expf and logf of 1 ulp (CUDA Math API) and a div.approx of 2 (PTX ISA), for an upstream gradient of 1;
+another costs the rounding of one more product. In 16 bit the result's own rounding is all. See tests/bounds.py.
 """
 
 import math
@@ -93,66 +98,91 @@ def sigmoid_grad_from_output(grad_output, sigma):
 
 
 @triton.jit
-def sigmoid_grad_from_input(grad_output, x, ROUND_TO_16_BIT: tl.constexpr):
-    """grad·e / (1 + e)² with e = e^-|x|; the square is 1 + e·(2 + e), which rounds twice where (1 + e)² rounds thrice."""
-    minus_abs = negative(tl.abs(x))
-    if INTERPRETED or x.dtype == tl.float64:
-        e = exp(minus_abs)
-        return grad_output * (e / tl.fma(e, 2.0 + e, 1.0))
-    elif ROUND_TO_16_BIT:
-        # The fast exponential is off by |x|·2^-24 of itself, which 16 bit does not see.
-        e = libdevice.fast_expf(minus_abs)
-        return grad_output * libdevice.fast_dividef(e, tl.fma(e, 2.0 + e, 1.0))
-    else:
-        e = exp(minus_abs)
-        square = tl.fma(e, 2.0 + e, 1.0)
-        reciprocal = libdevice.fast_dividef(1.0, square)
-        quotient = e * reciprocal
-        return grad_output * tl.fma(tl.fma(negative(square), quotient, e), reciprocal, quotient)
-
-
-@triton.jit
 def curvature_from_output(sigma):
     """σ"/σ' = 1 - 2σ."""
     return 1.0 - 2.0 * sigma
-
-
-@triton.jit
-def curvature_from_input(x):
-    """σ"/σ' = -tanh(x/2), which keeps its relative accuracy near x = 0, where 1 - 2σ cancels."""
-    if INTERPRETED:
-        return 1.0 - 2.0 * sigmoid(x, ROUND_TO_16_BIT=False)
-    else:
-        return -libdevice.tanh(0.5 * x)
 
 
 # The functions whose derivatives `weighted` knows.
 SIGMOID, SILU, LOGSIGMOID = map(tl.constexpr, range(3))
 # Beyond ±FAR every function here is at its limit; an infinite x would make 0·∞ of it.
 FAR = tl.constexpr(1000.0)
-SHIFT, SHIFTED_FROM, EXP_MINUS_SHIFT = tl.constexpr(32.0), tl.constexpr(64.0), tl.constexpr(math.exp(-32.0))
+# Quotients of e^-SHIFTED_FROM are normal numbers with room for a residual; beyond it |x|·e^(SHIFT - |x|) is below 1, so that no
+# v overflows by it. Of e^-SHIFT the rounding to fp32 is 2^-29 of it, where that of another shift is up to 2^-24.
+SHIFT, SHIFTED_FROM, EXP_MINUS_SHIFT = tl.constexpr(75.875), tl.constexpr(81.0), tl.constexpr(math.exp(-75.875))
+LOG2_E = tl.constexpr(1 / math.log(2))
+SHIFT_FP64, SHIFTED_FROM_FP64, EXP_MINUS_SHIFT_FP64 = tl.constexpr(690.0), tl.constexpr(700.0), tl.constexpr(math.exp(-690.0))
 
 
 @triton.jit
-def exp_minus_abs(x, ROUND_TO_16_BIT: tl.constexpr):
-    """e^-|x| as e·scale: e alone is no subnormal number, and a product with it keeps its digits, until |x| > 119."""
+def exp_minus_abs(x, lost, ROUND_TO_16_BIT: tl.constexpr):
+    """e^-|x + lost| as e·scale, where e and scale are no subnormal numbers until |x| > 163 (1398 in fp64).
+
+    A product with an upstream gradient, one after the other, keeps its digits wherever it is a normal number itself.
+    `lost` is None, or so small that e^lost is 1 + lost.
+    """
     distance = tl.abs(x)
-    if x.dtype == tl.float64:
-        return exp(negative(distance)), tl.full(x.shape, 1.0, tl.float64)
+    DOUBLE: tl.constexpr = x.dtype == tl.float64
+    far = distance > constant(SHIFTED_FROM_FP64 if DOUBLE else SHIFTED_FROM, x)
+    scale = tl.where(far, constant(EXP_MINUS_SHIFT_FP64 if DOUBLE else EXP_MINUS_SHIFT, x), 1.0)
+    if ROUND_TO_16_BIT and not INTERPRETED:
+        # ex2.approx of a product that is rounded once: off by |x|·2^-23 of itself, which 16 bit does not see.
+        e = tl.exp2(tl.fma(distance, -LOG2_E, tl.where(far, SHIFT * LOG2_E, 0.0)))
     else:
-        far = distance > SHIFTED_FROM
-        power = tl.where(far, SHIFT, 0.0) - distance
-        scale = tl.where(far, EXP_MINUS_SHIFT, 1.0)
-        if ROUND_TO_16_BIT and not INTERPRETED:
-            return libdevice.fast_expf(power), scale
-        else:
-            return exp(power), scale
+        e = exp(tl.where(far, constant(SHIFT_FP64 if DOUBLE else SHIFT, x), 0.0) - distance)
+    if lost is not None:
+        e = tl.fma(e, tl.where(x < 0.0, lost, negative(lost)), e)
+    return e, scale
 
 
 @triton.jit
-def limited(x):
-    """x between ±FAR; NaN may become a number here, e^-|x| does not."""
-    return tl.minimum(tl.maximum(x, -FAR), FAR)
+def limited(x, ALPHA: tl.constexpr = 1.0):
+    """x between ±FAR/ALPHA."""
+    far = constant(FAR / ALPHA, x)
+    above = tl.maximum(x, -far, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, far, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.constexpr_function
+def rounded_to(bits, number):
+    fraction, exponent = math.frexp(number)
+    return math.ldexp(round(fraction * 2**bits), exponent - bits)
+
+
+@triton.jit
+def product(ALPHA: tl.constexpr, x, ROUND_TO_16_BIT: tl.constexpr):
+    """ALPHA·x, and what its rounding has lost: up to |ALPHA·x| ulp of e^(ALPHA·x) in fp32, nothing that 16 bit would see."""
+    if ALPHA == 1.0:
+        return x, None
+    elif ROUND_TO_16_BIT:
+        return x * constant(ALPHA, x), None
+    else:
+        x = limited(x, ALPHA)
+        rounded = x * constant(ALPHA, x)
+        lost = tl.fma(x, constant(ALPHA, x), negative(rounded))
+        if x.dtype == tl.float32:
+            REST: tl.constexpr = ALPHA - rounded_to(24, ALPHA)
+            lost = tl.fma(x, REST, lost)
+        return rounded, lost
+
+
+@triton.jit
+def one_minus(e, x, ROUND_TO_16_BIT: tl.constexpr):
+    """1 - e for e = e^-|x|; where that cancels, (1 + e)·tanh(|x|/2), by the series of tanh."""
+    if INTERPRETED:
+        return 1.0 - e
+    elif x.dtype == tl.float64:
+        return negative(libdevice.expm1(negative(tl.abs(x))))
+    else:
+        half = 0.5 * tl.abs(x)
+        square = half * half
+        # What is left out is below 2^-26 of the sum at |x| = 1/2, in 16 bit below 2^-22 at 1/16.
+        if ROUND_TO_16_BIT:
+            near, series = half < 0.03125, tl.fma(square, -1 / 3, 1.0)
+        else:
+            near, series = half < 0.25, tl.fma(square, tl.fma(square, tl.fma(square, 62 / 2835, -17 / 315), 2 / 15), -1 / 3)
+            series = tl.fma(square, series, 1.0)
+        return tl.where(near, half * series * (1.0 + e), 1.0 - e)
 
 
 @triton.jit
@@ -171,18 +201,22 @@ def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
 
 
 @triton.jit
-def log_one_plus(e, ROUND_TO_16_BIT: tl.constexpr):
-    """log(1 + e) for e in [0, 1], as 2·artanh(s) for s = e/(2+e) ≤ 1/3, whose series has no branch."""
+def log_one_plus(e, scale, ROUND_TO_16_BIT: tl.constexpr):
+    """log(1 + e·scale)/scale for e in [0, 1], where scale is 1 or so small that this is e.
+
+    It is 2·artanh(s) for s = e/(2+e) ≤ 1/3, whose series has no branch.
+    """
     if e.dtype == tl.float64:
         if INTERPRETED:
             # Kahan: what 1 + e loses of e, the quotient gives back.
             rounded = 1.0 + e
-            return tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+            log = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
         else:
-            return libdevice.log1p(e)
+            log = libdevice.log1p(e)
+        return tl.where(scale == 1.0, log, e)
     else:
-        s = quotient(e, 2.0 + e, ROUND_TO_16_BIT)
-        square = s * s
+        s = quotient(e, tl.fma(e, scale, 2.0), ROUND_TO_16_BIT)
+        square = s * s * scale
         series = tl.fma(square, tl.fma(square, 1 / 11, 1 / 9), 1 / 7)
         if not ROUND_TO_16_BIT:
             # What is left out is below 2^-29 of the sum; without these, 2^-22.
@@ -192,46 +226,54 @@ def log_one_plus(e, ROUND_TO_16_BIT: tl.constexpr):
 
 
 @triton.jit
-def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT: tl.constexpr):
-    """v·f(x), v·f'(x) or v·f"(x), by ORDER, for f among SIGMOID, SILU and LOGSIGMOID.
+def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT: tl.constexpr, ALPHA: tl.constexpr = 1.0):
+    """v·f(x), v·f'(x) or v·f"(x), by ORDER, for f among SIGMOID, SILU and LOGSIGMOID; for SILU, f(x) = silu(ALPHA·x)/ALPHA.
 
-    All are rational in e = e^-|x| ≤ 1, written for each sign of x so that nothing cancels but at a zero of f' or f", and
-    the product with v comes before what could underflow.
+    All are rational in e = e^-|x| ≤ 1, written for each sign of x so that nothing cancels but at a zero of silu' or silu". The
+    product with v comes after the quotient, so that it overflows only where the result does, and before `scale`, so that it
+    is subnormal only where the result is.
     """
     if FUNCTION == LOGSIGMOID and ORDER == 1:
         return weighted(v, negative(x), SIGMOID, 0, ROUND_TO_16_BIT)
     elif FUNCTION == LOGSIGMOID and ORDER == 2:
         return negative(weighted(v, x, SIGMOID, 1, ROUND_TO_16_BIT))
     else:
-        e, scale = exp_minus_abs(x, ROUND_TO_16_BIT)
+        gate, lost = product(ALPHA, x, ROUND_TO_16_BIT)
+        e, scale = exp_minus_abs(gate, lost, ROUND_TO_16_BIT)
         tail = e * scale
         one_plus = 1.0 + tail
-        below = x < 0.0
+        below = gate < 0.0
         if FUNCTION == LOGSIGMOID:
-            return v * (tl.where(below, x, 0.0) - log_one_plus(tail, ROUND_TO_16_BIT))
+            return v * (tl.where(below, x, 0.0) - log_one_plus(tail, constant(1.0, tail), ROUND_TO_16_BIT))
         elif ORDER == 0:
             # σ(x) is 1/(1+e) above 0 and e/(1+e) below.
+            factor = tl.where(below, e, 1.0)
+            last = tl.where(below, scale, 1.0)
             if FUNCTION == SILU:
-                factor = tl.where(below, limited(x) * e, x)
-            else:
-                factor = tl.where(below, e, 1.0)
-            return quotient(v * factor, one_plus, ROUND_TO_16_BIT) * tl.where(below, scale, 1.0)
+                # An x that may be subnormal comes after v, one that may be infinite before.
+                small = tl.abs(gate) < 1.0
+                factor *= tl.where(small, 1.0, tl.maximum(x, constant(-FAR / ALPHA, x)))
+                last = tl.where(small, x, last)
+            return quotient(factor, one_plus, ROUND_TO_16_BIT) * v * last
         elif FUNCTION == SIGMOID:
+            # (1 + e)² would be rounded thrice.
             square = tl.fma(tail, 2.0 + tail, 1.0)
             if ORDER == 1:
-                return quotient(v * e, square, ROUND_TO_16_BIT) * scale
+                return quotient(e, square, ROUND_TO_16_BIT) * v * scale
             else:
-                factor = tl.where(below, e, negative(e)) * (1.0 - tail)
-                return quotient(v * factor, square * one_plus, ROUND_TO_16_BIT) * scale
+                slope = quotient(tl.where(below, e, negative(e)), square * one_plus, ROUND_TO_16_BIT) * v
+                return slope * one_minus(tail, x, ROUND_TO_16_BIT) * scale
         else:
             square = tl.fma(tail, 2.0 + tail, 1.0)
-            near = limited(x)
+            near = limited(gate)
             if ORDER == 1:
                 factor = tl.where(below, e * (one_plus + near), tl.fma(tail, 1.0 + near, 1.0))
-                return quotient(v * factor, square, ROUND_TO_16_BIT) * tl.where(below, scale, 1.0)
+                return quotient(factor, square, ROUND_TO_16_BIT) * v * tl.where(below, scale, 1.0)
             else:
                 factor = e * (2.0 * one_plus - tl.abs(near) * (1.0 - tail))
-                return quotient(v * factor, square * one_plus, ROUND_TO_16_BIT) * scale
+                if ALPHA != 1.0:
+                    factor *= constant(ALPHA, x)
+                return quotient(factor, square * one_plus, ROUND_TO_16_BIT) * v * scale
 
 
 @triton.jit
@@ -243,13 +285,7 @@ def log(x, ROUND_TO_16_BIT: tl.constexpr):
 
 
 # Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
-GAMMA_BITS, LOG_STEPS = 8, tl.constexpr(64.0)
-
-
-@triton.constexpr_function
-def large_part(gamma):
-    fraction, exponent = math.frexp(gamma)
-    return math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
+GAMMA_BITS, LOG_STEPS = tl.constexpr(8), tl.constexpr(64.0)
 
 
 @triton.constexpr_function
@@ -263,7 +299,7 @@ def exp_of_product(GAMMA: tl.constexpr, first, second, ROUND_TO_16_BIT: tl.const
     """e^(γ·(first + second)) for |first| ≤ FAR; but for 16 bit without the error of a large exponent that is rounded itself."""
     if ROUND_TO_16_BIT and not INTERPRETED:
         return libdevice.fast_expf(constant(GAMMA, first) * (first + second))
-    LARGE: tl.constexpr = large_part(GAMMA)
+    LARGE: tl.constexpr = rounded_to(GAMMA_BITS, GAMMA)
     steps = tl.floor(first * LOG_STEPS + 0.5) / LOG_STEPS
     product = constant(LARGE, first) * steps
     rest = constant(GAMMA - LARGE, first) * steps + constant(GAMMA, first) * (first - steps + second)
@@ -289,46 +325,48 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
     above = x >= 0.0
     wrong = tl.where(above, negative_part, positive)
     right = tl.where(above, positive, negative_part)
-    e, scale = exp_minus_abs(x, ROUND_TO_16_BIT)
-    tail = e * scale
-    one_plus = 1.0 + tail
+    clear = wrong == 0.0
     distance = tl.abs(x)
     near = tl.minimum(distance, FAR)
-    clear = wrong == 0.0
+    e, scale = exp_minus_abs(x, None, ROUND_TO_16_BIT)
+    tail = e * scale
+    one_plus = 1.0 + tail
+    # What has the factor e^-y as a whole has `last` of it after v: where nothing is wrong, and every second derivative.
+    near_e, last = tl.where(clear, e, tail), tl.where(clear, scale, 1.0)
     if ORDER == 0 or GAMMA != 0.0:
-        log_one = log_one_plus(tail, ROUND_TO_16_BIT)
+        log_one = log_one_plus(near_e, last, ROUND_TO_16_BIT)
     if GAMMA != 0.0:
         gamma = constant(GAMMA, x)
         mixture = tl.where(clear, 1.0, tl.fma(right, tail, wrong))
         FACTORS: tl.constexpr = number_of_factors(GAMMA)
         if FACTORS > 0:
-            u = quotient(tl.where(clear, e, mixture), one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
+            u = quotient(tl.where(clear, e, mixture), one_plus, ROUND_TO_16_BIT) * last
             for _ in tl.static_range(FACTORS):
                 v = v * u
         else:
             log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
-            v = v * exp_of_product(GAMMA, log_mixture, negative(log_one), ROUND_TO_16_BIT)
-    # v comes before what could underflow.
-    v_wrong, v_right = v * wrong, v * right
+            v = v * exp_of_product(GAMMA, log_mixture, negative(log_one * last), ROUND_TO_16_BIT)
     if ORDER == 0:
-        return tl.where(v_wrong == 0.0, 0.0, v_wrong * distance) + (v_wrong + v_right) * log_one
+        # Of an infinite logit neither 0 parts nor a weight of 0 make NaN.
+        result = tl.where(clear, 0.0, wrong * distance) + (wrong + right) * log_one
+        return tl.where(v == 0.0, 0.0, result * v * last)
     else:
         if ORDER == 1 or GAMMA != 0.0:
-            # e alone is no subnormal number where e·scale is one.
-            slope = tl.where(clear, negative(v_right) * e, v_wrong - v_right * tail)
-            slope = quotient(slope, one_plus, ROUND_TO_16_BIT) * tl.where(clear, scale, 1.0)
+            slope = quotient(tl.fma(negative(right), near_e, wrong), one_plus, ROUND_TO_16_BIT)
             result = slope
         if ORDER == 2:
-            result = quotient((v_wrong + v_right) * e, tl.fma(tail, 2.0 + tail, 1.0), ROUND_TO_16_BIT) * scale
+            result = quotient((wrong + right) * e, tl.fma(tail, 2.0 + tail, 1.0), ROUND_TO_16_BIT)
         if GAMMA != 0.0:
-            loss = v_wrong * near + (v_wrong + v_right) * log_one
-            ratio = tl.where(clear, 1.0, quotient(tail, mixture, ROUND_TO_16_BIT))
+            loss = wrong * near + (wrong + right) * log_one
+            ratio = tl.where(clear, 1.0, quotient(tail if ORDER == 1 else e, mixture, ROUND_TO_16_BIT))
             q = quotient((wrong - right) * ratio, one_plus, ROUND_TO_16_BIT)
             if ORDER == 1:
                 result += gamma * loss * q
             else:
-                bend = (gamma - 1.0) * q - quotient(1.0 - tail, one_plus, ROUND_TO_16_BIT)
+                whole_q = q * tl.where(clear, 1.0, scale)
+                bend = (gamma - 1.0) * whole_q - quotient(1.0 - tail, one_plus, ROUND_TO_16_BIT)
                 result += gamma * q * (2.0 * slope + loss * bend)
         if ORDER == 1:
-            result = tl.where(above, result, negative(result))
-        return result
+            return tl.where(above, result, negative(result)) * v * last
+        else:
+            return result * v * scale

@@ -64,7 +64,7 @@ def sigmoid_backward_kernel(
             grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
             saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
             if FROM_INPUT:
-                grad_input = maths.sigmoid_grad_from_input(grad_output, saved, ROUND_TO_16_BIT)
+                grad_input = maths.weighted(grad_output, saved, maths.SIGMOID, 1, ROUND_TO_16_BIT)
             else:
                 grad_input = maths.sigmoid_grad_from_output(grad_output, saved)
             store_tile(grad_input_ptr, grad_input_row_stride, grad_input_column_stride, tile, grad_input)
@@ -102,10 +102,8 @@ def sigmoid_double_backward_kernel(
             grad_output = load_tile(grad_output_ptr, grad_output_row_stride, grad_output_column_stride, tile)
             saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)
             if FROM_INPUT:
-                grad_grad_output = maths.sigmoid_grad_from_input(v, saved, ROUND_TO_16_BIT)
-                grad_saved = maths.sigmoid_grad_from_input(
-                    v * grad_output, saved, ROUND_TO_16_BIT
-                ) * maths.curvature_from_input(saved)
+                grad_grad_output = maths.weighted(v, saved, maths.SIGMOID, 1, ROUND_TO_16_BIT)
+                grad_saved = maths.weighted(v * grad_output, saved, maths.SIGMOID, 2, ROUND_TO_16_BIT)
             else:
                 grad_grad_output = maths.sigmoid_grad_from_output(v, saved)
                 grad_saved = v * grad_output * maths.curvature_from_output(saved)

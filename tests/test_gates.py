@@ -156,6 +156,28 @@ def test_infinities_and_nan(dtype, device):
     assert to_gate[:2].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_exactly_at_the_limit_gradients_pass_as_through_torchs_clamp(dtype, device):
+    limit = 2.0
+    numbers = torch.tensor([-limit, limit, 1.0], dtype=dtype, device=device)
+    below, above = (torch.nextafter(numbers, numbers * factor) for factor in (0.5, 2.0))
+    up, gate = torch.cartesian_prod(*[torch.cat([below, numbers, above])] * 2).mT.contiguous()
+
+    def derivatives(function, tensors):
+        tensors = leaves(tensors)
+        output = function(*tensors)
+        upstream = torch.full_like(output, 1.5).requires_grad_()
+        grads = torch.autograd.grad(output, tensors, upstream, create_graph=True)
+        v = [torch.full_like(grad, 0.75) for grad in grads]
+        return *grads, *torch.autograd.grad(grads, (upstream, *tensors), v)
+
+    actual = derivatives(lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=limit), (gate, up))
+    expected = derivatives(clamped_swiglu, (gate.double(), up.double()))
+    for one, other in zip(actual, expected):
+        assert_near(one, other, dtype)
+        assert torch.equal(one == 0, other == 0)
+
+
 @every_case
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_values_and_gradients_against_float64(case, dtype, device):

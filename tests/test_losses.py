@@ -83,7 +83,7 @@ def test_every_16_bit_logit_within_an_ulp(dtype, gamma, device):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 def test_fp32_over_its_range(gamma, device):
-    """Within 5·(1 + γ) ulp: the logarithm and the quotient, γ times over in the power. Tight within a factor of 2."""
+    """Within 5·(1 + γ) ulp, by an exp that is nearly always rounded correctly; tests/bounds.py derives what is sure."""
     x = torch.cat([torch.linspace(-87, 87, 20_001), torch.linspace(-600, 600, 5_001)]).float()
     targets = torch.tensor([0.0, 1.0, 0.25, 0.9, 1e-3])
     x, t = x.repeat(len(targets)), targets.repeat_interleave(len(x))
@@ -341,13 +341,20 @@ TARGETS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", [bce, focal], ids=lambda function: function.__name__)
 def test_integer_and_bool_targets(loss, dtype, kind, device):
+    """Each element is the same to the last digit; a sum is taken in an order that depends on the target's dtype too."""
     x, t = examples(dtype, device, (33, 50))
     hard = TARGETS[kind](t)
+    elements = loss(x, hard, "none", False).double()
+    # Two sums of n numbers in any order differ by up to 2·(n - 1)·eps/2 of the sum of their sizes, and each is rounded once.
+    arithmetic = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    tolerance = {"sum": (elements.numel() * arithmetic + torch.finfo(dtype).eps) * elements.abs().sum().item()}
+    tolerance |= {"none": 0.0, "mean": tolerance["sum"] / elements.numel()}
     for reduction in REDUCTIONS:
-        actual = value_and_gradient(lambda x, t: loss(x, t, reduction, False), x, hard)  # noqa: B023
-        assert actual[0].dtype is dtype
-        expected = value_and_gradient(lambda x, t: loss(x, t, reduction, False), x, hard.to(dtype))  # noqa: B023
-        assert all(map(torch.equal, actual, expected))
+        value, grad = value_and_gradient(lambda x, t: loss(x, t, reduction, False), x, hard)  # noqa: B023
+        assert value.dtype is dtype
+        expected, expected_grad = value_and_gradient(lambda x, t: loss(x, t, reduction, False), x, hard.to(dtype))  # noqa: B023
+        assert torch.equal(grad, expected_grad)
+        assert ((value.double() - expected.double()).abs() <= tolerance[reduction]).all()
 
 
 def test_dtypes_promote_and_autocast_gives_fp32(device):

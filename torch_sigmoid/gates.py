@@ -22,61 +22,71 @@ from . import ops
 from .autograd import batch_first, differentiable_again
 from .ops import kernels, upcast
 
-# As in kernels/maths.py: an infinite x would make 0·∞ of a limit, and in fp32 e^-|x| is subnormal where x·e^-|x| is not.
+# As in kernels/maths.py: an infinite x would make 0·∞ of a limit, and e^-|x| is subnormal where a product with it is not.
 FAR = 1000.0
-SHIFT, SHIFTED_FROM = 32.0, -64.0
-EXP_MINUS_SHIFT = math.exp(-SHIFT)
+SHIFTS = {torch.float32: (75.875, -81.0), torch.float64: (690.0, -700.0)}
+# Above it torch's fused operators lose nothing.
+SHIFTED_FROM = -64.0
 
 
-def exp_scaled(power: Tensor) -> tuple[Tensor, Tensor | float]:
-    """e^power as e·scale, for power ≤ 0: e alone is no subnormal number, and a product with it keeps its digits."""
-    if power.dtype is torch.float64:
-        return torch.exp(power), 1.0
-    far = power < SHIFTED_FROM
-    return torch.exp(power + torch.where(far, SHIFT, 0.0)), torch.where(far, EXP_MINUS_SHIFT, 1.0)
+def exp_scaled(power: Tensor) -> tuple[Tensor, Tensor]:
+    """e^power as e·scale, for power ≤ 0: neither is a subnormal number, and a product with e keeps its digits."""
+    shift, start = SHIFTS[power.dtype]
+    far = power < start
+    return torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), 1.0)
 
 
-def weighted(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
+def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
     """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid"; in fp32 or fp64.
 
-    Differentiable: each sign of x has an expression of its own, which is the function beyond that sign too.
+    With `alpha`, f is silu(alpha·x)/alpha. Differentiable: each sign of x has an expression of its own, which is the function
+    beyond that sign too.
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    below = x < 0
-    e, scale = exp_scaled(torch.where(below, x, -x))
+    gate = x if alpha == 1 else alpha * x
+    below = gate < 0
+    minus_abs = torch.where(below, gate, -gate)
+    e, scale = exp_scaled(minus_abs)
     tail = e * scale
     if function == "logsigmoid":
         return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
-    one_plus, near = 1 + tail, x.clamp(-FAR, FAR)
-    if function == "silu" and order == 0:
-        # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
-        return v * torch.where(below, near * e / one_plus * scale, x - near * tail / one_plus)
+    one_plus = 1 + tail
     if order == 0:
-        factor, scale = torch.where(below, e, 1.0), torch.where(below, scale, 1.0)
-    elif function == "sigmoid":
-        factor = e if order == 1 else torch.where(below, e, -e) * (1 - tail)
+        scale = torch.where(below, scale, 1.0)
+        if function == "sigmoid":
+            return v * (torch.where(below, e, 1.0) / one_plus) * scale
+        # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
+        near = x.clamp(-FAR / alpha, FAR / alpha)
+        return v * torch.where(below, near * e / one_plus, x - near * tail / one_plus) * scale
+    near = gate.clamp(-FAR, FAR)
+    if function == "sigmoid":
+        factor = e if order == 1 else torch.where(below, -e, e) * torch.expm1(minus_abs)
     elif order == 1:
         factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
         scale = torch.where(below, scale, 1.0)
     else:
-        factor = e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
-    return v * factor / one_plus ** (order + 1) * scale
+        factor = alpha * e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
+    # After the quotient v overflows only where the result does; before `scale`, it is subnormal only where the result is.
+    return v * (factor / one_plus ** (order + 1)) * scale
 
 
-def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int) -> Tensor:
+def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
     """`weighted` for values alone: where no x is far out, by torch's fused operators, at a fraction of the cost on a CPU."""
     if function == "logsigmoid" and order:
         return _weighted_now(v, -x, "sigmoid", 0) if order == 1 else -_weighted_now(v, x, "sigmoid", 1)
     now = order < 2 and x.device.type == "cpu" and not differentiable_again() and ops.computes_eagerly(x) and x.numel()
+    gate = x if alpha == 1 else alpha * x
     # σ' is lost at both ends. A NaN among x says nothing of the others.
-    if not now or not (-x.abs() if function == "sigmoid" and order else x).amin() >= SHIFTED_FROM:
-        return weighted(v, x, function, order)
+    if not now or not (-x.abs() if function == "sigmoid" and order else gate).amin() >= SHIFTED_FROM:
+        return weighted(v, x, function, order, alpha)
     if order == 0:
+        if alpha != 1:
+            return v * torch.sigmoid(gate).mul_(x)
         return v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
     if function == "sigmoid":
         return ops.aten_sigmoid_backward(v, x.abs().neg_().sigmoid_())
-    return v * torch.sigmoid(-x).mul_(x).add_(1).mul_(torch.sigmoid(x))
+    return v * torch.sigmoid(-gate).mul_(gate.clamp(max=FAR)).add_(1).mul_(torch.sigmoid(gate))
 
 
 @dataclass(frozen=True)
@@ -199,10 +209,7 @@ class Gated:
 
     def _weighted(self, v, g, order):
         gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
-        if self.alpha == 1:
-            result = _weighted_now(v, gate, self.function, order)
-        else:
-            result = _weighted_now(v * self.alpha ** (order - 1), gate * self.alpha, self.function, order)
+        result = _weighted_now(v, gate, self.function, order, self.alpha)
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
     def formula(self, *tensors):
