@@ -1,7 +1,8 @@
 """What the machine code of each operator does when it is executed, without a GPU: bytes moved and instructions issued.
 
-bytes          in sectors of 32 bytes, as a GPU's memory moves them, for each warp's access by itself; beside them the ideal,
-               each element of each tensor that a launch is given, once
+bytes          in sectors of 32 bytes, as a GPU's memory moves them: those that a program touches, each once, since a program's
+               first-level cache has what it reads again; those that each warp's access touches, counted access by access; and
+               the ideal, each element of each tensor that a launch is given, once
 instructions   of PTX, issued by warps, for each element; beside them the budget, below which an H200's memory takes longer than
                its arithmetic: 62 for an fp32 element read and written at 4.3 TB/s, and so 7.75 for each byte moved
 
@@ -63,17 +64,19 @@ def execute(device, name: str, operator: Operator, label: str, dtype: torch.dtyp
         reports, device.reports = device.reports, None
         if not reports:  # by torch's operators
             continue
-        moved, ideal = (sum(sum(each.values()) for each in kind) for kind in zip(*((r.sectors, r.ideal) for r in reports)))
+        kinds = zip(*((report.fetched, report.sectors, report.ideal) for report in reports))
+        fetched, accessed, ideal = (sum(sum(each.values()) for each in kind) / n for kind in kinds)
         rows.append(
             {
                 "operator": name + (label.removeprefix("ours")),
                 "order": order,
                 "dtype": record.short(dtype),
                 "launches": len(reports),
-                "bytes per element": round(moved / n, 3),
-                "ideal bytes": round(ideal / n, 3),
+                "bytes per element": round(fetched, 3),
+                "by access": round(accessed, 3),
+                "ideal bytes": round(ideal, 3),
                 "instructions per element": round(32 * sum(report.instructions for report in reports) / n, 1),
-                "budget": round(SLOTS_PER_BYTE * ideal / n, 1),
+                "budget": round(SLOTS_PER_BYTE * ideal, 1),
             }
         )
     return rows

@@ -86,7 +86,8 @@ class Operand:
 class Report:
     """What a launch did.
 
-    `instructions` are issued by warps. Bytes are `requested` by threads, `sectors` of 32 bytes by warps, and `ideal` is each
+    `instructions` are issued by warps. Bytes: `requested` by threads; in `sectors` of 32 bytes that a warp's access touches, each
+    access by itself; `fetched`, the sectors that a program touches, each once, as a first-level cache has it; and `ideal`, each
     element of each tensor once.
     """
 
@@ -96,6 +97,7 @@ class Report:
     instructions: int = 0
     requested: Counter = field(default_factory=Counter)
     sectors: Counter = field(default_factory=Counter)
+    fetched: Counter = field(default_factory=Counter)
     ideal: Counter = field(default_factory=Counter)
     widths: Counter = field(default_factory=Counter)
     rewritten: int = 0
@@ -112,7 +114,9 @@ class GlobalMemory:
 
     def __init__(self, operands, report, count_sectors=False):
         self.operands = [operand for operand in operands if operand.extent]
-        self.report, self.count_sectors = report, count_sectors
+        self.report = report
+        # The sectors that each program has touched; None where nobody counts them.
+        self.touched = {"load": [], "store": []} if count_sectors else None
         for kind, role in (("load", "is_input"), ("store", "is_output")):
             # A tensor may be passed several times, where a kernel has no use for one of its parameters.
             given = {
@@ -204,9 +208,11 @@ class GlobalMemory:
     def _count(self, kind, place, n_bytes, threads):
         self.report.requested[kind] += n_bytes * len(place)
         self.report.widths[kind, n_bytes] += len(place)
-        if self.count_sectors:
-            sectors = (threads // 32) * (1 << 40) + place // 32
-            self.report.sectors[kind] += 32 * len(np.unique(sectors))
+        if self.touched is not None:
+            warps = np.unique((threads // 32 << 40) + place // 32)
+            self.report.sectors[kind] += 32 * len(warps)
+            programs = (warps >> 40) // (self.report.threads // 32)
+            self.touched[kind].append(np.unique((programs << 40) + (warps & ((1 << 40) - 1))))
 
     def _pieces(self, place, width):
         """The pieces of a value of `width` bits at `place`, one array for each."""
@@ -275,7 +281,9 @@ class GlobalMemory:
             raise Fault(message.format(other, self.describe(int(address[index]))), index)
 
     def store_back(self):
-        """Copy what was written to the tensors."""
+        """Copy what was written to the tensors, and sum up what was counted."""
+        for kind, touched in (self.touched or {}).items():
+            self.report.fetched[kind] = 32 * len(np.unique(np.concatenate(touched))) if touched else 0
         for slot, (span, address) in enumerate(self.pages):
             start, end = max(self.spans[span][0], address), min(self.spans[span][1], address + PAGE)
             inside = slice(slot * PAGE + start - address, slot * PAGE + end - address)
