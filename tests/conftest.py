@@ -64,6 +64,20 @@ class Kernels:
 
             Launcher.__call__ = counted
 
+    def models(self):
+        """Each model of the approximate instructions in turn, in force; None alone on a machine that has its own."""
+        if self.ptx is None:
+            yield None
+            return
+        from ptx import MODELS
+
+        before = self.ptx.model
+        try:
+            for self.ptx.model in MODELS.values():
+                yield self.ptx.model
+        finally:
+            self.ptx.model = before
+
 
 def pytest_report_header(config):
     import torch_sigmoid

@@ -23,31 +23,43 @@ def numbers():
     return torch.from_numpy(x).float()
 
 
-def arithmetics(device, ex2_ulps=0):
-    """What derives the claims, and what this device computes with: an emulated GPU's ex2 may be off by `ex2_ulps`."""
+def ulps_of_ex2(model):
+    """By how much a model of the approximate instructions lets ex2.approx be off; None is a device's own, within expf's ulp."""
+    if model is None:
+        return 0
+    return 1 if model.one_ulp else 2 * (model.part is not None)
+
+
+def machine(model, device):
+    """The arithmetic that kernels on this device have."""
     if interpreted(device):
-        return Arithmetic(), Arithmetic(**OF_NUMPY)
-    return Arithmetic(), Arithmetic(EXP_OF_EX2[ex2_ulps] if executes_ptx(device) else bounds.EXP)
+        return Arithmetic(**OF_NUMPY)
+    return Arithmetic() if model is None else Arithmetic(EXP_OF_EX2[ulps_of_ex2(model)])
 
 
-def executes_ptx(device):
-    return runs_kernels(device) and device == "cpu" and not interpreted(device)
+def judged(compute, bounded, terms, x, claim, device, kernels):
+    """What is derived is within the claim, and over half of it; errors are within what is derived for each x, and over half.
 
-
-def judged(actual, bounded, terms, x, claim, device):
-    """Errors are within what is derived for each x; the largest derived one is within the claim, and over half of it."""
-    claimed, machine = arithmetics(device)
+    `compute` runs under every model of the approximate instructions, if there are any.
+    """
     counted = terms > NORMAL
     scale = bounds.ulp(terms)
-    derived = (claimed.total_error(bounded(claimed), x) / scale)[counted]
+    derived = (Arithmetic().total_error(bounded(Arithmetic()), x) / scale)[counted]
     assert derived.max() <= claim
     assert derived.max() > 0.5 * claim, "state the smaller bound"
-    error = np.abs(actual - bounded(machine).value)
-    if runs_kernels(device):
-        assert (error <= machine.total_error(bounded(machine), x) + 1e-14 * terms)[counted].all()
-    else:
-        # Formulas in torch operators differ in their last roundings.
-        assert ((error / scale)[counted] <= claim).all()
+    reached = 0.0
+    for model in kernels.models():
+        arithmetic = machine(model, device)
+        result = bounded(arithmetic)
+        error = np.abs(compute() - result.value)
+        if not runs_kernels(device):
+            # Formulas in torch operators differ in their last roundings.
+            assert ((error / scale)[counted] <= claim).all()
+            return
+        allowed = arithmetic.total_error(result, x) + 1e-14 * terms
+        assert (error <= allowed)[counted].all(), f"{model}: {(error / allowed)[counted].max():.2f} of what is derived"
+        reached = max(reached, (error / allowed)[counted].max())
+    assert reached > 0.5, f"{reached:.2f} of the bound is all that the worst case reaches: derive a smaller one"
 
 
 def value_and_gradient(function, x):
@@ -62,11 +74,13 @@ def wide(tensor):
 
 @pytest.mark.parametrize("order", [0, 1], ids=["value", "gradient"])
 @pytest.mark.parametrize("function", ["sigmoid", "silu", "logsigmoid"])
-def test_functions_of_one_number(function, order, device):
-    x = numbers()
+def test_functions_of_one_number(function, order, device, kernels):
+    logits = numbers().to(device)
     operators = {"sigmoid": lambda x: ts.sigmoid(x, save="input"), "silu": ts.silu, "logsigmoid": ts.logsigmoid}
-    actual = wide(value_and_gradient(operators[function], x.to(device))[order])
-    x = wide(x)
+    x = wide(logits)
+
+    def compute():
+        return wide(value_and_gradient(operators[function], logits)[order])
 
     def bounded(arithmetic):
         if (function, order) == ("sigmoid", 0):
@@ -76,33 +90,40 @@ def test_functions_of_one_number(function, order, device):
     terms = np.abs(bounded(Arithmetic()).value)
     if (function, order) == ("silu", 1):
         terms = (1 + np.abs(x) / (1 + np.exp(x))) / (1 + np.exp(-x))
-    judged(actual, bounded, terms, x, CLAIMS[function, order], device)
+    judged(compute, bounded, terms, x, CLAIMS[function, order], device, kernels)
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["value", "gradient"])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_losses(gamma, order, device):
-    x = numbers()[::3]
-    t = torch.tensor(TARGETS).repeat_interleave(len(x))
-    x = x.repeat(len(TARGETS))
+def test_losses(gamma, order, device, kernels):
+    logits = numbers()[::11]
+    targets = torch.tensor(TARGETS).repeat_interleave(len(logits)).to(device)
+    logits = logits.repeat(len(TARGETS)).to(device)
 
     def loss(x):
         if gamma:
-            return ts.sigmoid_focal_loss(x, t.to(x), -1, gamma)
-        return ts.binary_cross_entropy_with_logits(x, t.to(x), reduction="none")
+            return ts.sigmoid_focal_loss(x, targets, -1, gamma)
+        return ts.binary_cross_entropy_with_logits(x, targets, reduction="none")
 
-    actual = wide(value_and_gradient(loss, x.to(device))[order])
-    x, t = wide(x), wide(t)
+    def compute():
+        return wide(value_and_gradient(loss, logits)[order])
+
+    x, t = wide(logits), wide(targets)
     p, q = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(x))
     u, entropy = t * q + (1 - t) * p, t * np.logaddexp(0, -x) + (1 - t) * np.logaddexp(0, x)
     terms = u**gamma * (entropy if order == 0 else (1 - t) * p + t * q + gamma * entropy * np.abs(1 - 2 * t) * p * q / u)
-    judged(
-        actual, lambda arithmetic: bounds.weighted_loss(arithmetic, x, t, gamma, order), terms, x, claim_of_loss(gamma), device
-    )
+
+    def bounded(arithmetic):
+        return bounds.weighted_loss(arithmetic, x, t, gamma, order)
+
+    judged(compute, bounded, terms, x, claim_of_loss(gamma), device, kernels)
 
 
-def test_clamped_swiglu(device):
-    """With the roundings of α and of α·g made good within 6 ulp, else each costs up to |α·g| ulp more."""
+def test_clamped_swiglu(device, model):
+    """With the roundings of α and of α·g made good within 6 ulp, else each costs up to |α·g| ulp more.
+
+    An ulp of ex2 costs one of the value, and of the gradient where it is largest.
+    """
     g = torch.linspace(-46, 6.9, 40_001)
     up = torch.zeros_like(g)
     value, to_gate = value_and_gradient(lambda g: ts.swiglu(g, up.to(g), alpha=1.702, limit=7.0), g.to(device))
@@ -116,11 +137,14 @@ def test_clamped_swiglu(device):
         (to_gate, sigma * (1 + z * complement), sigma * (1 + np.abs(z) * complement)),
     ):
         error = np.abs(wide(actual) - exact) / bounds.ulp(terms)
-        assert (error <= 6 + lost).all()
+        assert (error <= 6 + 2 * ulps_of_ex2(model) + lost).all()
 
 
-def test_the_second_derivative_of_sigmoid_in_fp32(device):
-    """To grad_output: v·σ' within 5 ulp; to x: v·d·σ" within 8, around the zero of σ" too, where 1 - 2σ cancels."""
+def test_the_second_derivative_of_sigmoid_in_fp32(device, model):
+    """To grad_output: v·σ' within 5 ulp; to x: v·d·σ" within 8, around the zero of σ" too, where 1 - 2σ cancels.
+
+    An ulp of ex2 costs up to two.
+    """
     if not runs_kernels(device) or interpreted(device):
         pytest.skip("needs the machine's own arithmetic")
     x = torch.cat([torch.linspace(-80, 80, 20_001), torch.logspace(-37, 0, 2_001), torch.tensor([1e-38, -1e-40, 1e-44])])
@@ -132,5 +156,5 @@ def test_the_second_derivative_of_sigmoid_in_fp32(device):
     for actual, exact, allowed in ((to_grad_output, slope, 5.0), (to_x, -1e6 * slope * np.tanh(wide_x / 2), 8.0)):
         normal = np.abs(exact) > 2.0**-126
         error = (np.abs(wide(actual) - exact) / bounds.ulp(exact))[normal]
-        assert error.max() <= allowed
+        assert error.max() <= allowed + 2 * ulps_of_ex2(model)
         assert error.max() > 0.3 * allowed

@@ -3,7 +3,9 @@
 All threads of a launch (of 2¹⁴ at a time) advance together. Threads that stand at the same instruction are a `Group`; a branch
 that only some of them take splits it. The group at the lowest instruction runs first, so those that took the shorter way
 wait for the others, and groups that meet become one again: divergence always reconverges. A GPU promises less; what this
-machine executes is one of the orders that it may choose, and every access that depends on the order is an error.
+machine executes is one of the orders that it may choose. Accesses of different programs that depend on the order are an error.
+Where threads of one program read what another one writes, with no barrier in between, the launch runs again warp by warp, in
+both orders, and must give the same: Triton lets idle threads read along whose results nobody uses.
 """
 
 import time
@@ -157,17 +159,21 @@ class Launch:
         self.shared: SharedMemory
         self.programs: np.ndarray  # the numbers of those that run together
         self.n_programs = n_programs
+        self.hazard: str | None = None  # the first access whose order is left open
 
-    def run(self, program_numbers, shared_bytes):
-        """Run these programs to their end, all of them together."""
+    def run(self, program_numbers, shared_bytes, order):
+        """Run these programs to their end: all threads together, or from barrier to barrier one warp after the other."""
         self.programs = np.asarray(program_numbers, dtype=np.int64)
         n_threads = len(program_numbers) * self.threads_per_program
         self.shared = SharedMemory(len(program_numbers), shared_bytes, self.threads_per_program)
-        groups = [Group(self, 0, np.arange(n_threads, dtype=np.int64), {})]
-        while groups:
-            groups = self._run_to_barrier(groups)
+        threads = np.arange(n_threads, dtype=np.int64)
+        warps = threads % self.threads_per_program // WARP
+        in_turn = [threads] if order is None else [threads[warps == warp] for warp in range(warps.max() + 1)[::order]]
+        parties = [[Group(self, 0, together, {})] for together in in_turn]
+        while any(parties):
+            parties = [self._run_to_barrier(groups) for groups in parties]
             arrived: dict[int, list] = {}
-            for group in groups:
+            for group in (group for groups in parties for group in groups):
                 arrived.setdefault(group.pc, []).append(group.threads)
                 group.pc += 1
             for pc, threads in arrived.items():
@@ -253,9 +259,13 @@ class Launch:
         try:
             RULES[instruction.name].run(group, instruction, guard)
         except Fault as fault:
-            threads = group.threads if guard is None else group.threads[group.spread(guard)]
-            message = f"{self.where(group.pc)}: {self._name(int(threads[fault.index]))}: {fault}"
-            raise PtxError(message) from None
+            raise PtxError(self._message(group, guard, fault)) from None
+        if self.memory.hazard is not None and self.hazard is None:
+            self.hazard = self._message(group, guard, self.memory.hazard)
+
+    def _message(self, group, guard, fault):
+        threads = group.threads if guard is None else group.threads[group.spread(guard)]
+        return f"{self.where(group.pc)}: {self._name(int(threads[fault.index]))}: {fault}"
 
 
 def are_whole_warps(threads):
@@ -293,13 +303,22 @@ def launch(program, n_programs, threads, arguments, operands, *, shared=0, model
             raise PtxError(f"{program.name}: {name} is {value}, which does not fit {kind}")
         values[name] = np.array([int(value) % (1 << width)], dtype=UNSIGNED[width])
     numbers = range(n_programs) if only is None else only
-    report = Report(program.name, len(numbers), threads)
-    memory = GlobalMemory(operands, report, count_sectors)
-    state = Launch(program, values, memory, model, threads, n_programs)
     at_once = max(1, THREADS_AT_ONCE // threads)
-    with np.errstate(all="ignore"):
-        for first in range(0, len(numbers), at_once):
-            state.run(numbers[first : first + at_once], shared)
+
+    def executed(order=None):
+        report = Report(program.name, len(numbers), threads)
+        state = Launch(program, values, GlobalMemory(operands, report, count_sectors), model, threads, n_programs)
+        with np.errstate(all="ignore"):
+            for first in range(0, len(numbers), at_once):
+                state.run(numbers[first : first + at_once], shared, order)
+        return state
+
+    state = executed()
+    memory, report = state.memory, state.report
+    if state.hazard:
+        for order in (1, -1):
+            if element := memory.difference(executed(order).memory):
+                raise PtxError(f"{state.hazard}; {element} depends on which warp is first")
     if only is None and (missing := memory.unwritten()):
         where = " and ".join(f"{name}[{element}]" for name, element in missing.items())
         raise PtxError(f"{program.name}: no thread of any program has written {where}")

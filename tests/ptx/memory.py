@@ -86,9 +86,9 @@ class Operand:
 class Report:
     """What a launch did.
 
-    `instructions` are issued by warps. Bytes: `requested` by threads; in `sectors` of 32 bytes that a warp's access touches, each
-    access by itself; `fetched`, the sectors that a program touches, each once, as a first-level cache has it; and `ideal`, each
-    element of each tensor once.
+    `instructions` are issued by warps. Bytes: `requested` by threads; in `sectors` of 32 bytes that a warp's access touches,
+    each access by itself; `fetched`, the sectors that a program touches, each once, as a first-level cache has it; and `ideal`,
+    each element of each tensor once.
     """
 
     name: str = ""
@@ -141,6 +141,9 @@ class GlobalMemory:
         # No access is narrower than an element: states are kept for pieces of this many bytes.
         self.piece = min((operand.item for operand in self.operands), default=1)
         self._resize(16)
+        # The first access that may come before or after that of another thread of its program; a launch that has one must give
+        # the same in whatever order its warps run.
+        self.hazard: Fault | None = None
         # A thread can only see another one's write where something is both read and written.
         writable = [operand for operand in self.operands if operand.is_output]
         self.tracks_reads = any(
@@ -271,14 +274,28 @@ class GlobalMemory:
                 raise Fault(f"two threads write different values: {where}", index)
 
     def _check(self, before, address, threads, clock, message):
-        """A fault where another thread touched the place, with no barrier in between."""
+        """A fault where a thread of another program touched the place; of its own, with no barrier in between, a hazard."""
         race = clock.by_another(before, threads)
         if race.any():
             race &= clock.concurrent(before, threads)
         if race.any():
             index = int(np.argmax(race))
             other = clock.describe(int(before[index]))
-            raise Fault(message.format(other, self.describe(int(address[index]))), index)
+            fault = Fault(message.format(other, self.describe(int(address[index]))), index)
+            if (race & ~clock.of_one_program(before, threads)).any():
+                raise fault
+            self.hazard = self.hazard or fault
+
+    def difference(self, other):
+        """An element that was written otherwise in another run of the launch, or None."""
+        for slot, (span, address) in enumerate(self.pages):
+            theirs = int(other.slots[self.table_offsets[span] + address // PAGE])
+            mine, yours = (data[n * PAGE : (n + 1) * PAGE] for data, n in ((self.data, slot), (other.data, theirs)))
+            pieces = self.writer[slot * PAGE // self.piece : (slot + 1) * PAGE // self.piece] != NOBODY
+            differ = np.repeat(pieces, self.piece) & (mine != yours)
+            if differ.any():
+                return self.describe(address + int(np.argmax(differ)))
+        return None
 
     def store_back(self):
         """Copy what was written to the tensors, and sum up what was counted."""
@@ -333,19 +350,19 @@ class Clock:
     def by_another(before, threads):
         return (before != NOBODY) & ((before & STAMP_MASK) != threads)
 
+    def of_one_program(self, before, threads):
+        return (before != SEVERAL_PROGRAMS) & ((before & (SEVERAL - 1)) // self.threads == threads // self.threads)
+
     def concurrent(self, before, threads):
         """Whether a stamp and an access now, both of other threads, are in no order."""
-        program = threads // self.threads
-        same_program = (before != SEVERAL_PROGRAMS) & ((before & (SEVERAL - 1)) // self.threads == program)
-        return ~(same_program & ((before >> STAMP_BITS) < self.passed[program]))
+        return ~(self.of_one_program(before, threads) & ((before >> STAMP_BITS) < self.passed[threads // self.threads]))
 
     def note_readers(self, reader, at, threads):
         """Leave a stamp at each place; one for several threads where there was one of another thread."""
         mine = self.stamp(threads)
 
         def joined(before):
-            same_program = (before != SEVERAL_PROGRAMS) & ((before & (SEVERAL - 1)) // self.threads == threads // self.threads)
-            together = np.where(same_program, mine | SEVERAL, SEVERAL_PROGRAMS)
+            together = np.where(self.of_one_program(before, threads), mine | SEVERAL, SEVERAL_PROGRAMS)
             return np.where(self.by_another(before, threads), together, mine)
 
         reader[at] = joined(reader[at])
