@@ -244,7 +244,7 @@ def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT:
         one_plus = 1.0 + tail
         below = gate < 0.0
         if FUNCTION == LOGSIGMOID:
-            return v * (tl.where(below, x, 0.0) - log_one_plus(tail, constant(1.0, tail), ROUND_TO_16_BIT))
+            return v * (tl.where(below, x, 0.0) - log_one_plus(e, scale, ROUND_TO_16_BIT) * scale)
         elif ORDER == 0:
             # σ(x) is 1/(1+e) above 0 and e/(1+e) below.
             factor = tl.where(below, e, 1.0)
