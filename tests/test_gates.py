@@ -522,6 +522,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.launches_nothing("a mode that records operators sees torch's")
 def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
     def copies(x):
         with Operators() as operators:
@@ -538,6 +539,7 @@ def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=["one dtype", "two"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.launches_nothing("nested tensors are torch's own")
 def test_swiglu_of_nested_tensors_is_torchs(layout, dtypes, device):
     parts = [[random((n, 4), dtype, device, seed=n + i) for n in (2, 3)] for i, dtype in enumerate(dtypes)]
     gate, up = (torch.nested.nested_tensor(part, layout=layout, requires_grad=True) for part in parts)
@@ -553,6 +555,7 @@ def test_swiglu_of_nested_tensors_is_torchs(layout, dtypes, device):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.launches_nothing("nested tensors are torch's own")
 def test_swiglu_of_a_nested_and_a_dense_tensor_is_torchs(device):
     nested = torch.nested.nested_tensor([random((n, 4), torch.float32, device, seed=n) for n in (2, 3)], layout=torch.jagged)
     dense = random((4,), torch.float32, device)
@@ -576,6 +579,7 @@ def test_an_inference_tensor_beside_one_that_requires_grad(case, trained, device
 
 
 @pytest.mark.parametrize("case", ["logsigmoid", "silu", "sigmoid_gate", "swiglu", "swiglu-clamped"])
+@pytest.mark.launches_nothing("nested forward mode sees torch operators")
 def test_nested_forward_mode_keeps_the_dtype_of_tensors_without_dimensions(case, device):
     ours, theirs, shapes = CASES[case]
     tensors = tuple(random((), torch.float32, device, seed=i) for i in range(len(shapes)))

@@ -156,6 +156,7 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_an_infinite_weight_in_torch_operators(far, target, name, device):
     """∞·ℓ, as torch has it where torch has a number; `far` logits take another formula on a CPU."""
     inf = math.inf
@@ -285,6 +286,7 @@ def test_the_third_derivative_also_where_a_direction_is_zero(loss, reduction, de
 
 @every_loss
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_function_transforms(loss, device):
     x, t = examples(torch.float64, device)
 
@@ -304,6 +306,7 @@ def test_function_transforms(loss, device):
 @every_reduction
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_gradients_of_targets_and_weights(gamma, soft, reduction, device):
     x, t = examples(torch.float64, device, soft=soft)
 
@@ -560,6 +563,7 @@ def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, 
 @every_loss
 @every_reduction
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_torch_compile_sees_the_whole_graph(loss, reduction, backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, t: loss(x, t, reduction, False), fullgraph=True, backend=backend)
@@ -574,6 +578,7 @@ def test_torch_compile_sees_the_whole_graph(loss, reduction, backend, device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("loss", [bce, focal], ids=lambda function: function.__name__)
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_under_inductor_no_gradient_is_lost(loss, device):
     torch._dynamo.reset()
     x = torch.linspace(-40, 40, 801).to(torch.bfloat16).to(device)
@@ -586,6 +591,7 @@ def test_under_inductor_no_gradient_is_lost(loss, device):
         assert ((actual.cpu().double() - true).abs() <= ulp(true, torch.bfloat16))[is_normal(true, torch.bfloat16)].all()
 
 
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_export_and_make_fx(device):
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -880,6 +886,7 @@ def test_replace_and_intercept(device):
         assert (value_and_gradient(F.binary_cross_entropy_with_logits, far, ones)[1] != 0).all()
 
 
+@pytest.mark.launches_nothing("subclasses see torch operators")
 def test_subclasses_and_meta_tensors(device):
     class Tagged(torch.Tensor):
         pass

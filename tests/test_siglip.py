@@ -36,6 +36,7 @@ def value_and_gradients(function, tensors):
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 100, 1000])
 @pytest.mark.parametrize("size", [1, 2, 17, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.launches_nothing("one pair is one column, which torch operators compute")
 def test_loss_and_gradients_of_the_plain_formula(dtype, size, chunk_size, device):
     tensors = pairs(size, 8, dtype, device)
     actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=chunk_size), tensors)
@@ -48,6 +49,7 @@ def test_loss_and_gradients_of_the_plain_formula(dtype, size, chunk_size, device
 
 
 @pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.launches_nothing("one pair is one column, which torch operators compute")
 def test_first_and_second_derivatives_in_every_mode(size, device):
     tensors = tuple(tensor.requires_grad_() for tensor in pairs(size, 3, torch.float64, device, scale=2.0, bias=-0.3))
     function = lambda *t: ts.siglip_loss(*t, chunk_size=2)  # noqa: E731
@@ -81,6 +83,7 @@ def test_function_transforms(device):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.launches_nothing("a compiler, or a mode that records operators, sees torch's")
 def test_torch_compile_sees_the_whole_graph(device):
     torch._dynamo.reset()
     tensors = pairs(6, 3, torch.float64, device)
@@ -108,6 +111,7 @@ def test_only_the_features_and_two_numbers_are_saved(device):
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.launches_nothing("a compiler, or a mode that records operators, sees torch's")
 def test_the_matrix_of_all_pairs_is_never_there(device):
     """The largest tensor of forward and backward is a chunk of it, whatever operators run."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +167,7 @@ def test_layouts_of_features(device):
     torch.testing.assert_close(value_and_gradients(ts.siglip_loss, strided), expected)
 
 
+@pytest.mark.launches_nothing("nothing to compute")
 def test_an_empty_batch(device):
     empty = torch.zeros(0, 4, device=device, requires_grad=True)
     loss = ts.siglip_loss(empty, empty, 10.0, -10.0)
