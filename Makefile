@@ -13,10 +13,11 @@ train: $(VENV)/installed
 vanishing: $(VENV)/installed
 	$(RUN) -m benchmarks.vanishing $(ARGS)
 
-# The same tests twice: as they are, then with the real kernels in Triton's interpreter.
+# The same tests three times: as they are, then with kernels in Triton's interpreter, and with the machine code of a GPU, executed.
 test: lint
 	$(RUN) -m pytest -n auto $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(ARGS)
+	$(RUN) -m pytest -n auto --kernels=interpreter $(ARGS)
+	$(RUN) -m pytest -n auto --kernels=ptx $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -1,4 +1,7 @@
-"""The kernels' machine code, without a GPU: registers, spills, access widths and instructions per element for each target."""
+"""The kernels' machine code, without a GPU.
+
+Inspected: registers, spills, access widths and instructions per element, for each target. Executed: see executed.py.
+"""
 
 import argparse
 import re
@@ -11,7 +14,7 @@ import torch
 
 from torch_sigmoid import kernels
 
-from . import record
+from . import executed, record
 
 EVEN, ODD = 1 << 20, (1 << 20) + 7
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -137,6 +140,10 @@ def main(argv=None) -> int:
     about = record.environment(torch.device("cpu")) | {"device": "none: compiled and disassembled"}
     record.write(folder, "code", rows, about)
     record.show("Machine code for sm_90", [row for row in rows if row["target"] == "sm_90"])
+    rows = executed.measure()
+    about["device"] = "none: PTX for sm_90, executed by tests/ptx"
+    record.write(folder, "executed", rows, about)
+    record.show("Executed", rows)
     return 0
 
 

@@ -167,7 +167,32 @@ def code_table(code, folder):
         if row["target"] == "sm_90" and row["operator"] in operators and row["dtype"] in DTYPES and row["n"] % 16
     ]
     columns = ("kernel on sm_90, n odd", "dtype", "instructions per element", "registers", "spills")
-    return f"{markdown(columns, rows, right=columns[2:])}\n\nRead off the machine code: {source(folder, 'code', code)}"
+    about = f"Read off the machine code: {source(folder, 'code', code)}"
+    executed = record.read(folder, "executed")
+    return "\n\n".join(
+        [markdown(columns, rows, right=columns[2:]), about, *([executed_table(executed, folder)] if executed else [])]
+    )
+
+
+def executed_table(executed, folder):
+    """Bytes over the ideal, and instructions over the budget, of each operator in each order."""
+    by = {(row["operator"], row["dtype"], row["order"]): row for row in executed["rows"]}
+    shown = ("fp32", "bf16")
+
+    def ratios(operator, over, under):
+        orders = dict.fromkeys(row["order"] for row in executed["rows"])
+        cells = [by.get((operator, dtype, order)) for dtype in shown for order in orders]
+        return ["" if row is None else f"{row[over] / row[under]:.2f}" for row in cells]
+
+    lines = []
+    for operator in dict.fromkeys(row["operator"] for row in executed["rows"]):
+        moved = ratios(operator, "bytes per element", "ideal bytes")
+        issued = ratios(operator, "instructions per element", "budget")
+        cells = (" / ".join(each[first : first + 3]).rstrip(" /") for each in (moved, issued) for first in (0, 3))
+        lines.append([f"`{operator}`", *cells])
+    columns = ["operator", *(f"{what}, {dtype}" for what in ("bytes ÷ ideal", "instructions ÷ budget") for dtype in shown)]
+    about = f"Forward / backward / double backward, {source(folder, 'executed', executed)}"
+    return f"{markdown(columns, lines, right=columns[1:])}\n\n{about}"
 
 
 def vanishing_table(vanishing_results, folder):

@@ -13,7 +13,7 @@ A gate that is broadcast against its operand is loaded once a row or once a colu
 computed: in fp32 (fp64 for fp64), within a program, then over programs, in a fixed order.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -498,7 +498,8 @@ def unary_double_backward(v, grad_output, x, function):
     return outputs
 
 
-@cache
+# Constants are compiled in: who changes alpha at every step compiles at every step.
+@lru_cache(maxsize=256)
 def _gate_launchers(function, alpha, limit, offset):
     constants = FUNCTIONS[function], alpha, limit, offset
     # Halves of one packed tensor and tensors of their own may have the same strides, but not their gradients.
@@ -623,7 +624,7 @@ class Blocks(NamedTuple):
     programs: int
 
 
-@cache
+@lru_cache(maxsize=4096)
 def share(groups, n_rows, n_columns, reduce_columns):
     rows = groups * n_rows if reduce_columns else n_rows
     large = maths.INTERPRETED and groups * n_rows * n_columns > launch.INTERPRETED_TILE_ELEMENTS // 4

@@ -35,6 +35,8 @@ TAIL_COLUMNS = tl.constexpr(16)
 INT32_MAX = 2**31 - 1
 # `CompiledKernel.run` is no public interface; these versions were read and tried. Others launch by `kernel[grid]`.
 KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# Of a tensor that is only read. `data_ptr`, all that an older torch has, would copy what `torch._lazy_clone` has made.
+address_of = getattr(torch.Tensor, "const_data_ptr", torch.Tensor.data_ptr)
 # Of one operator: a network has dozens of shapes, and an entry takes about a kilobyte.
 MAX_KEPT = 4096
 
@@ -239,6 +241,16 @@ def element_by_element(inputs, outputs) -> tuple[int, tuple] | None:
     return chosen.programs, (*chosen.row_strides, *chosen.column_strides, *sizes, *tile)
 
 
+def _read_only(tensor):
+    """The tensor for Triton, which calls `data_ptr`: one made by `torch._lazy_clone` as a plain tensor over its memory."""
+    if not torch._C._is_cow_tensor(tensor):
+        return tensor
+    offset = tensor.storage_offset()
+    start = address_of(tensor) - offset * tensor.itemsize
+    storage = torch._C._construct_storage_from_data_pointer(start, tensor.device, tensor.untyped_storage().nbytes())
+    return tensor.new_empty(0).set_(storage, offset, tensor.shape, tensor.stride())
+
+
 _launchers: weakref.WeakSet["Launcher"] = weakref.WeakSet()
 
 
@@ -280,7 +292,7 @@ class Launcher:
         key = [device, first.shape]
         pointers = []
         for tensor in inputs:
-            pointer = tensor.data_ptr()
+            pointer = address_of(tensor)
             pointers.append(pointer)
             key += tensor.dtype, tensor.stride(), pointer & 15
         for tensor in outputs:
@@ -320,7 +332,7 @@ class Launcher:
         with _on_device_of(outputs[0]):
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
             options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-            compiled = self.kernel[(programs,)](*inputs, *outputs, *arguments, **options)
+            compiled = self.kernel[(programs,)](*map(_read_only, inputs), *outputs, *arguments, **options)
             if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
                 if len(self.kept) >= MAX_KEPT:
                     self.kept.clear()

@@ -17,14 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 WAYS = ("device", "interpreter", "ptx")
+# Of ptx/arithmetic.py, which needs Triton; test_ptx.py holds the two together.
+MODELS = ("exact", "ulp-high", "ulp-low", "isa-high", "isa-low", "isa-opposed", "random-1", "random-2")
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("kernels")
     inherited = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "device"
     group.addoption("--kernels", choices=WAYS, default=inherited, help="what executes kernels (default: %(default)s)")
-    models = "exact, ulp-high, ulp-low, isa-high, isa-low, isa-opposed, random-1 or random-2"
-    group.addoption("--ptx-model", default="exact", help=f"the error of approximate instructions: {models}")
+    group.addoption("--ptx-model", choices=MODELS, default="exact", help="the error of approximate instructions")
     group.addoption("--ptx-arch", type=int, default=90, help="the compute capability that PTX is compiled for: 80, 90 or 100")
 
 
@@ -77,15 +78,22 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What no kernel takes part in is the same in every way, and runs once: with the kernels left to the device."""
+    """What no kernel takes part in is the same in every way, and runs once: with the kernels left to the device.
+
+    Models of approximate instructions are for the machine that has them.
+    """
     way = config.kernels.way
-    if way == "device":
-        return
+
+    def has_its_place(item):
+        if way != "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("model", "exact") != "exact":
+            return False
+        if way == "interpreter" and item.get_closest_marker("not_interpreted"):
+            return False
+        return way == "device" or "device" in item.fixturenames or "kernels" in item.fixturenames
+
     kept, elsewhere = [], []
     for item in items:
-        concerns_kernels = "device" in item.fixturenames or "kernels" in item.fixturenames
-        left_out = not concerns_kernels or (way == "interpreter" and item.get_closest_marker("not_interpreted"))
-        (elsewhere if left_out else kept).append(item)
+        (kept if has_its_place(item) else elsewhere).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=elsewhere)
 
@@ -131,6 +139,19 @@ def device(request):
 def kernels(request):
     """How kernels run: `way`, `n_launches`, and the emulated device `ptx`, or None."""
     return request.config.kernels
+
+
+@pytest.fixture(params=MODELS)
+def model(request, kernels):
+    """The error of approximate instructions, while a test runs; None on a machine that has its own."""
+    if kernels.ptx is None:
+        yield None
+        return
+    from ptx import MODELS
+
+    before, kernels.ptx.model = kernels.ptx.model, MODELS[request.param]
+    yield kernels.ptx.model
+    kernels.ptx.model = before
 
 
 @pytest.fixture(params=["output", "input"])

@@ -256,6 +256,30 @@ def check_no_more_is_kept_than_the_limit():
         launch.MAX_KEPT = before
 
 
+def check_reading_copies_nothing_of_a_tensor_that_is_copied_when_written():
+    """At the first launch, which is Triton's, and at kept ones; not with an older torch, which has no way to."""
+    if not hasattr(torch.Tensor, "const_data_ptr"):
+        return
+    source = torch.empty(640)
+    BACKWARD.kept.clear()
+    for offset in (0, 4):
+        for _ in range(2):
+            grad, saved = (torch._lazy_clone(source)[offset:] for _ in range(2))
+            BACKWARD((grad, saved), (torch.empty_like(saved),))
+            address = source.const_data_ptr() + offset * source.itemsize
+            assert list(record.parameters[:2]) == [address] * 2
+            assert torch._C._is_cow_tensor(grad)
+            assert torch._C._is_cow_tensor(saved)
+
+
+def check_an_output_that_is_copied_when_written_is_copied():
+    source = torch.zeros(640)
+    output = torch._lazy_clone(source)
+    launch_backward(*PAIR, output=output)
+    assert not torch._C._is_cow_tensor(output)
+    assert output.data_ptr() != source.data_ptr()
+
+
 def check_empty_tensors_launch_nothing():
     before = record.launches
     empty = torch.empty(0, 3)

@@ -190,6 +190,7 @@ def derivative_by(modes, function, x):
 
 @pytest.mark.parametrize("modes", [m for n in (2, 3, 4) for m in itertools.product(["jvp", "grad"], repeat=n)], ids="-".join)
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.launches_nothing("nested forward mode and functionalize see torch operators")
 def test_every_mixture_of_forward_and_reverse_mode(modes, function, device):
     """torch runs a Function's jvp with forward mode off, which loses tangents of nested levels: a silent 0."""
     x = torch.tensor([0.7, -1.3], dtype=torch.float64, device=device)
@@ -234,6 +235,7 @@ def test_per_sample_gradients(function, device):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.launches_nothing("nested forward mode and functionalize see torch operators")
 def test_functionalize(function, x):
     x = x.detach().flatten()
     torch.testing.assert_close(torch.func.functionalize(function)(x), torch.sigmoid(x))

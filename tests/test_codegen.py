@@ -11,6 +11,9 @@ triton = pytest.importorskip("triton")
 if torch_sigmoid.functional.ops.kernels.UNAVAILABLE or torch_sigmoid.functional.ops.kernels.INTERPRETED:
     pytest.skip("compiles; the interpreter does not", allow_module_level=True)
 
+from ptx import parse
+from ptx.instructions import check
+
 from benchmarks.code import (
     AMD_ARCHITECTURES,
     EVEN,
@@ -53,7 +56,9 @@ INSPECTED = [("forward", target, n) for target in CUDA_TARGETS for n in (EVEN, O
 @pytest.mark.parametrize(("operator", "target", "n"), INSPECTED)
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
 def test_full_width_accesses_and_no_spills(operator, target, n, dtype):
-    instructions, _, stack = disassemble(compile_operator(operator, dtype, TARGETS[target], (n,)))
+    compiled = compile_operator(operator, dtype, TARGETS[target], (n,))
+    check(parse(compiled.asm["ptx"]))  # which --kernels=ptx can execute
+    instructions, _, stack = disassemble(compiled)
     assert stack == 0
     assert not any(name.startswith(("LDL", "STL")) for name in instructions)
     wide = elements_per_thread() * dtype.itemsize // 16
@@ -165,7 +170,7 @@ def statistics_launches(dtype):
     yield "streak", statistics._streak, (alive, alive), (alive, alive)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", *AMD_ARCHITECTURES])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", *AMD_ARCHITECTURES])
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
 def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
     for name, launcher, inputs, outputs in statistics_launches(dtype):
@@ -173,6 +178,7 @@ def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
         if target in AMD_ARCHITECTURES:
             assert "scratch_load" not in compiled.asm["amdgcn"], name
             continue
+        check(parse(compiled.asm["ptx"]))
         instructions, _, stack = disassemble(compiled)
         # Where ptxas wants one register less than the reductions take, it puts two of a program's sums aside.
         assert stack <= 16, name
@@ -211,7 +217,8 @@ def gate_launches(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "target"), [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in AMD_ARCHITECTURES]
+    ("dtype", "target"),
+    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
 )
 def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
     # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
@@ -221,6 +228,7 @@ def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dt
         if target in AMD_ARCHITECTURES:
             assert "scratch_load" not in compiled.asm["amdgcn"], name
             continue
+        check(parse(compiled.asm["ptx"]))
         instructions, _, stack = disassemble(compiled)
         assert stack <= 16, name
         assert not {"ATOM", "ATOMG", "RED", "REDG"} & {each.split(".")[0] for each in instructions}, name
@@ -259,7 +267,7 @@ def loss_launches(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "target"),
-    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_120", *AMD_ARCHITECTURES)],
+    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
 )
 def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
@@ -270,6 +278,7 @@ def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
         if target in AMD_ARCHITECTURES:
             assert "scratch_load" not in compiled.asm["amdgcn"], name
             continue
+        check(parse(compiled.asm["ptx"]))
         instructions, _, stack = disassemble(compiled)
         # Two fp64 numbers take a register pair each; the derivatives of a power hold more than there are.
         assert stack <= 16 or (gamma and dtype is torch.float64), name

@@ -579,6 +579,7 @@ def test_batched_gradients_and_forward_mode_are_not_disturbed(device):
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.launches_nothing("a tracer sees torch operators")
 def test_a_traced_graph_holds_nothing_of_the_watch(pre_dispatch, device):
     layer, x = nn.Sigmoid(), torch.ones(3, device=device, requires_grad=True)
     plain = make_fx(layer, pre_dispatch=pre_dispatch)(x)
@@ -589,6 +590,7 @@ def test_a_traced_graph_holds_nothing_of_the_watch(pre_dispatch, device):
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0,), (0, 0), (0, 3)], ids=str)
+@pytest.mark.launches_nothing("empty tensors")
 def test_empty_inputs_are_let_through(shape, device):
     layer = nn.Sigmoid()
     with watching(layer) as watch:

@@ -8,6 +8,8 @@ from reference import random
 import torch_sigmoid
 from torch_sigmoid import Sigmoid, intercept, replace, restore, sigmoid, sigmoid_
 
+pytestmark = pytest.mark.launches_nothing("errors come before anything is computed")
+
 
 @pytest.mark.parametrize("value", [1.0, [1.0], None, "x", np.ones(2)], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("function", [sigmoid, sigmoid_])
@@ -70,12 +72,8 @@ def test_out_must_fit(device):
     x = random((3,), torch.float32, device)
     with pytest.raises(TypeError, match=r"out must be a torch.Tensor, got list"):
         sigmoid(x, out=[0.0] * 3)
-    with pytest.raises(ValueError, match=r"out must be torch.float32 on .*, got torch.float64"):
-        sigmoid(x, out=torch.empty(3, dtype=torch.float64, device=device))
-    with pytest.raises(ValueError, match=r"out must be torch.float32 on .*, got torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"out must have .* torch.float32 can be cast to, on .*, got torch.float32 on meta"):
         sigmoid(x, out=torch.empty(3, device="meta"))
-    with pytest.raises(ValueError, match=r"out must be torch.float32"):
-        sigmoid(torch.arange(3, device=device), out=torch.empty(3, dtype=torch.int64, device=device))
     out = torch.full((3,), 7.0, device=device)
     with pytest.raises(RuntimeError, match="requires grad"):
         sigmoid(x.requires_grad_(), out=out)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, assert_near, is_normal, random, runs_kernels, ulp, ulp_error
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sigmoid as ts
 from benchmarks import counts
@@ -250,6 +251,7 @@ def test_batched_upstream_gradients_can_be_differentiated(case, device):
 
 
 @every_case
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_torch_compile_sees_the_whole_graph(case, device):
     ours, theirs, _ = CASES[case]
     torch._dynamo.reset()
@@ -260,6 +262,7 @@ def test_torch_compile_sees_the_whole_graph(case, device):
 
 
 @pytest.mark.parametrize("function", [ts.silu, ts.logsigmoid])
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_under_torch_compile_no_gradient_is_lost(function, device):
     torch._dynamo.reset()
     x = torch.linspace(-91, 87, 1001, dtype=torch.float32).to(torch.bfloat16)
@@ -272,6 +275,7 @@ def test_under_torch_compile_no_gradient_is_lost(function, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.launches_nothing("empty tensors among the cases")
 def test_every_layout(layout, dtype, device):
     make = LAYOUTS[layout]
     x, gate = make(dtype, device), make(dtype, device, seed=1)
@@ -335,6 +339,7 @@ BROADCASTS = [
 @pytest.mark.parametrize(("shape", "gate_shape"), BROADCASTS, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.launches_nothing("empty tensors among the cases")
 def test_a_gate_that_is_broadcast(shape, gate_shape, last, dtype, device):
     x, gate = random(shape, dtype, device), random(gate_shape, dtype, device, seed=1)
     if last:
@@ -423,6 +428,7 @@ def test_a_traced_graph_holds_for_other_inputs(device):
 
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_compile_with_a_size_that_depends_on_data(device):
     torch._dynamo.reset()
     x = random((20,), torch.float32, device)
@@ -436,6 +442,7 @@ def test_compile_with_a_size_that_depends_on_data(device):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.launches_nothing("a compiler sees torch operators")
 def test_the_gradient_at_infinity(compiled, device):
     torch._dynamo.reset()
     x = torch.tensor([float("inf"), -float("inf"), 2.0], device=device)
@@ -481,6 +488,84 @@ def test_silu_in_place(device):
     assert torch.equal(leaf, x)
 
 
+class Operators(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
+    def copies(x):
+        with Operators() as operators:
+            ts.silu(x, inplace=True)
+        return operators.seen.count(torch.ops.aten.clone.default)
+
+    x = random((33,), torch.float32, device)
+    assert copies(x.clone()) == 0
+    assert copies(x.clone().requires_grad_() * 1) == 1
+    with torch.no_grad():
+        assert copies(x.clone().requires_grad_() * 1) == 0
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=["one dtype", "two"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_swiglu_of_nested_tensors_is_torchs(layout, dtypes, device):
+    parts = [[random((n, 4), dtype, device, seed=n + i) for n in (2, 3)] for i, dtype in enumerate(dtypes)]
+    gate, up = (torch.nested.nested_tensor(part, layout=layout, requires_grad=True) for part in parts)
+    if layout is torch.jagged:
+        up = torch.nested.nested_tensor_from_jagged(up.values(), gate.offsets())
+
+    def of(function):
+        value = function(gate, up)
+        results = value, *torch.autograd.grad(value, (gate, up), torch.ones_like(value))
+        return [part.detach() for result in results for part in result.unbind()]
+
+    torch.testing.assert_close(of(ts.swiglu), of(lambda gate, up: F.silu(gate) * up), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_swiglu_of_a_nested_and_a_dense_tensor_is_torchs(device):
+    nested = torch.nested.nested_tensor([random((n, 4), torch.float32, device, seed=n) for n in (2, 3)], layout=torch.jagged)
+    dense = random((4,), torch.float32, device)
+    for gate, up in ((nested, dense), (dense, nested)):
+        torch.testing.assert_close(ts.swiglu(gate, up).values(), (F.silu(gate) * up).values())
+
+
+@pytest.mark.parametrize("case", ["sigmoid_gate", "sigmoid_gate-rows", "swiglu", "swiglu-broadcast", "swiglu-clamped"])
+@pytest.mark.parametrize("trained", [0, 1])
+def test_an_inference_tensor_beside_one_that_requires_grad(case, trained, device):
+    function = CASES[case][0]
+    tensors = operands(case, torch.float32, device)
+    expected = value_and_gradients(function, tensors)
+    with torch.inference_mode():
+        given = [tensor.clone() for tensor in tensors]
+    given[trained] = tensors[trained].detach().requires_grad_()
+    value = function(*given)
+    (grad,) = torch.autograd.grad(value, given[trained], torch.ones_like(value))
+    assert torch.equal(value, expected[0])
+    assert torch.equal(grad, expected[1 + trained])
+
+
+@pytest.mark.parametrize("case", ["logsigmoid", "silu", "sigmoid_gate", "swiglu", "swiglu-clamped"])
+def test_nested_forward_mode_keeps_the_dtype_of_tensors_without_dimensions(case, device):
+    ours, theirs, shapes = CASES[case]
+    tensors = tuple(random((), torch.float32, device, seed=i) for i in range(len(shapes)))
+
+    def of(function, *tensors):
+        (value, tangent), tangents = torch.func.jvp(lambda *t: torch.func.jvp(function, t, tensors), tensors, tensors)
+        return value, tangent, *tangents
+
+    expected = of(theirs, *map(torch.Tensor.double, tensors))
+    torch.testing.assert_close(of(ours, *tensors), tuple(each.float() for each in expected), rtol=1e-5, atol=1e-5)
+
+
 def test_mixed_dtypes_promote(device):
     x, gate = random((4, 5), torch.bfloat16, device), random((4, 1), torch.float32, device)
     value, to_x, to_gate = value_and_gradients(ts.sigmoid_gate, [x, gate])
@@ -519,10 +604,11 @@ def test_checkpointing(case, device):
 BAD = {
     "not a tensor": (lambda: ts.silu([1.0]), TypeError, "input must be a torch.Tensor, got list"),
     "logsigmoid of a number": (lambda: ts.logsigmoid(1.0), TypeError, "got float"),
-    "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), ValueError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
-    "no dim": (lambda: ts.glu(torch.tensor(1.0)), ValueError, "no dimensions"),
+    "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), RuntimeError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
+    "no dim": (lambda: ts.glu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "dim out of range": (lambda: ts.glu(torch.ones(2, 4), 2), IndexError, "out of range"),
-    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), ValueError, "must be even, got 3"),
+    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), RuntimeError, "must be even, got 3"),
+    "a packed tensor of no dim": (lambda: ts.swiglu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "halves of unequal size": (lambda: ts.swiglu(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"\(2, 3\) and \(2, 4\)"),
     "a gate that does not broadcast": (
         lambda: ts.sigmoid_gate(torch.ones(2, 3), torch.ones(2)),
@@ -546,6 +632,14 @@ def test_bad_input(bad):
     call, error, message = BAD[bad]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 3), torch.tensor(1.0)], ids=["odd", "no dimensions"])
+def test_what_cannot_be_halved_has_the_type_of_torchs_error(x):
+    with pytest.raises(Exception, match="must be even") as theirs:
+        F.glu(x)
+    with pytest.raises(theirs.type):
+        ts.glu(x)
 
 
 MODULES = {

@@ -1,7 +1,9 @@
 """Binary cross entropy with logits and focal loss: right against float64 and mpmath, whatever the targets, in every mode."""
 
+import asyncio
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
 from benchmarks.operators import focal_loss as plain_focal
+from torch_sigmoid import losses
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 REDUCTIONS = ["none", "mean", "sum"]
@@ -148,6 +151,39 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
             loss = lambda x, t: ts.binary_cross_entropy_with_logits(x, t, **options)  # noqa: E731, B023
         _, grad = value_and_gradient(loss, x, ignored)
         assert grad[index] == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+def test_an_infinite_weight_in_torch_operators(far, target, name, device):
+    """∞·ℓ, as torch has it where torch has a number; `far` logits take another formula on a CPU."""
+    inf = math.inf
+    x = [-1.0, 0.0, 1.0] + [-inf, -200.0, -100.0, 100.0, 200.0, inf] * far
+    x = torch.tensor(x, device=device, requires_grad=True)
+    t, weights = torch.full_like(x, target), {"weight": None, "pos_weight": None, name: torch.full_like(x, inf)}
+    loss = losses.Loss(reduction="none")
+    value = loss.formula(x.detach(), t, **weights, dtype=x.dtype)
+    grad = loss.backward_formula(torch.ones_like(x), x.detach(), t, **weights, count=None)
+    recorded = loss.formula(x, t, **weights, dtype=x.dtype).detach()
+    theirs = F.binary_cross_entropy_with_logits(x, t, reduction="none", **weights)
+    (their_grad,) = torch.autograd.grad(theirs.sum(), x)
+    for actual, expected in ((value, theirs.detach()), (recorded, theirs.detach()), (grad, their_grad)):
+        assert torch.equal(actual[~expected.isnan()], expected[~expected.isnan()])
+    if name == "weight":
+        assert torch.equal(value.isinf(), loss.formula(x.detach(), t, None, None, x.dtype) > 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_forward_mode_keeps_the_dtype_of_a_logit_without_dimensions(gamma, reduction, device):
+    loss = loss_of(gamma, reduction)
+    x, t, tangent = (torch.tensor(value, device=device) for value in (0.7, 0.3, 1.5))
+    value, moved = torch.func.jvp(lambda x: loss(x, t), (x,), (tangent,))
+    assert value.dtype is moved.dtype is torch.float32
+    torch.testing.assert_close(moved, tangent * value_and_gradient(loss, x, t)[1])
+    _, of_gradient = torch.func.jvp(torch.func.grad(lambda x: loss(x, t)), (x,), (tangent,))
+    assert of_gradient.dtype is torch.float32
 
 
 WEIGHT = random((7,), torch.float32, seed=5).abs()
@@ -747,6 +783,43 @@ def test_targets_are_looked_at_under_debug_only(device):
 
     assert ignoring().isfinite()
     assert ts.sigmoid_focal_loss(x, t).shape == x.shape
+
+
+def test_debug_ends_with_its_context_and_stays_in_its_thread_and_task(device):
+    x, t = examples(torch.float32, device)
+    t[0, 0] = 1.5
+
+    def is_looked_at():
+        try:
+            ts.binary_cross_entropy_with_logits(x, t)
+        except ValueError:
+            return True
+        return False
+
+    async def looking(steps):
+        with ts.debug():
+            await asyncio.sleep(0)
+            steps.append(is_looked_at())
+            await asyncio.sleep(0)
+
+    async def passing(steps):
+        for _ in range(3):
+            steps.append(is_looked_at())
+            await asyncio.sleep(0)
+
+    async def both():
+        looked, passed = [], []
+        await asyncio.gather(looking(looked), passing(passed))
+        return looked, passed
+
+    with ThreadPoolExecutor(1) as other_thread:
+        with ts.debug():
+            with ts.debug():
+                assert not other_thread.submit(is_looked_at).result()
+            assert is_looked_at()
+            assert other_thread.submit(ts.debug()(is_looked_at)).result()
+        assert not is_looked_at()
+    assert asyncio.run(both()) == ([True], [False] * 3)
 
 
 def test_the_deprecated_arguments_of_torch(device):

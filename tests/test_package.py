@@ -1,7 +1,9 @@
 """The command line check, life without Triton, and the installed package."""
 
+import importlib.util
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -66,6 +68,21 @@ def test_public_names():
         assert getattr(torch_sigmoid, name).__doc__
     assert torch_sigmoid.functional.sigmoid is torch_sigmoid.sigmoid
     assert torch_sigmoid.nn.Sigmoid is torch_sigmoid.Sigmoid
+
+
+def test_a_star_import_leaves_torchs_modules_alone():
+    names = {}
+    exec("from torch import nn; from torch.nn import functional; from torch_sigmoid import *", names)
+    assert names["nn"] is torch.nn
+    assert names["functional"] is torch.nn.functional
+    assert names["sigmoid"] is torch_sigmoid.sigmoid
+    assert not any(isinstance(getattr(torch_sigmoid, name), types.ModuleType) for name in torch_sigmoid.__all__)
+
+
+@pytest.mark.parametrize("name", ["torch_sigmoid", "tests", "benchmarks"])
+def test_the_package_holds_its_kernels_and_nothing_else_of_the_checkout(name):
+    assert importlib.util.find_spec("torch_sigmoid.kernels.gates") is not None
+    assert importlib.util.find_spec(f"torch_sigmoid.{name}") is None
 
 
 def test_kernels_import_nothing_from_above():

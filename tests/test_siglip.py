@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -232,6 +233,24 @@ def test_traced_and_pickled(device):
         torch.testing.assert_close(traced(*tensors), plain(*tensors))
     module = pickle.loads(pickle.dumps(ts.SigLIPLoss(chunk_size=3, group="world")))
     assert (module.chunk_size, module.group) == (3, "world")
+
+
+def test_a_deep_copy_shares_the_group_and_nothing_else(device):
+    tensors = pairs(6, 3, torch.float32, device)
+    module, calls = ts.SigLIPLoss(), []
+    module.register_forward_hook(lambda *_: calls.append("original"))
+    twin = copy.deepcopy(module)
+    twin.register_forward_hook(lambda *_: calls.append("copy"))
+    twin.chunk_size = 2
+    module(*tensors)
+    assert (calls, module.chunk_size) == (["original"], 256)
+    twin(*tensors)
+    assert calls == ["original", "original", "copy"]
+    # Like a process group, a lock cannot be copied.
+    module.group = threading.Lock()
+    pair = copy.deepcopy([module, module])
+    assert pair[0] is pair[1] is not module
+    assert pair[0].group is module.group
 
 
 def test_kernels_of_a_chunk(device, monkeypatch):

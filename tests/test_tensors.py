@@ -9,6 +9,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_sigmoid
 
+pytestmark = pytest.mark.launches_nothing("most of these are torch's own")
+
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_integers_give_the_default_dtype(dtype, device, save):
@@ -25,6 +27,8 @@ def test_complex_is_torchs(dtype, device, save):
     torch.testing.assert_close(torch_sigmoid.sigmoid(conjugate, save=save), torch.sigmoid(conjugate))
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+DTYPES += [torch.bool, torch.uint8, torch.int64]
 REFUSED = {
     "coo": torch.Tensor.to_sparse,
     "csr": torch.Tensor.to_sparse_csr,
@@ -136,6 +140,21 @@ def test_out(device, save):
     torch.testing.assert_close(torch_sigmoid.sigmoid(x, out=strided), torch.sigmoid(x))
     assert torch_sigmoid.sigmoid(x, out=x) is x
     assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_out_of_every_dtype_is_what_torch_makes_of_it(dtype, out_dtype, device):
+    x = torch.tensor([0, 1, 1], device=device).to(dtype)
+    ours, theirs = (torch.full((3,), 7, device=device).to(out_dtype) for _ in range(2))
+    try:
+        torch.sigmoid(x, out=theirs)
+    except RuntimeError:
+        with pytest.raises(ValueError, match=rf"out must have .*, got {out_dtype} on"):
+            torch_sigmoid.sigmoid(x, out=ours)
+    else:
+        assert torch_sigmoid.sigmoid(x, out=ours) is ours
+    assert torch.equal(ours, theirs), "torch's values, or untouched"
 
 
 def test_out_grows_from_empty_as_torchs_does(device):

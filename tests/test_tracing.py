@@ -1,17 +1,24 @@
 """torch.compile, torch.export, make_fx, fake tensors, torch.jit and fx."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference import FROM_INPUT, derivative, gradient, random, ulp_error
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import torch_sigmoid
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 # Deprecations inside torch and the compiler's own advice are not this package's.
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.launches_nothing("tracers see torch operators"),
+]
 
 
 @pytest.fixture
@@ -96,6 +103,19 @@ def test_compiled_module_and_intercept(save, device):
     with torch_sigmoid.intercept(save=save):
         compiled = torch.compile(lambda x: torch.sigmoid(x) * 2, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), torch.sigmoid(x) * 2)
+
+
+def test_intercept_around_a_compiled_function_at_every_call_and_in_every_thread(save, device):
+    x = random((3,), torch.float32, device)
+    compiled = torch.compile(lambda x: torch.sigmoid(x) * 2, backend="eager", fullgraph=True)
+
+    def call():
+        with torch_sigmoid.intercept(save=save):
+            return [compiled(x), compiled(x)]
+
+    with ThreadPoolExecutor(1) as other_thread:
+        results = [*other_thread.submit(call).result(), *call()]
+    assert all(torch.equal(result, torch.sigmoid(x) * 2) for result in results)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -192,6 +212,16 @@ def test_jit_trace_records_an_exact_gradient(save, device):
     torch.testing.assert_close(gradient(traced, x), gradient(torch.sigmoid, x))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_jit_trace_of_silu_in_place_is_the_same_with_and_without_a_gradient(requires_grad, device):
+    """torch.jit.trace traces a second time, under no_grad, and compares the graphs."""
+    x = random((3,), torch.float32, device).requires_grad_(requires_grad)
+    traced = torch.jit.trace(lambda x: torch_sigmoid.silu(x * 1, inplace=True), x)
+    x = random((5,), torch.float32, device)
+    torch.testing.assert_close(traced(x), torch.nn.functional.silu(x))
+    torch.testing.assert_close(gradient(traced, x), gradient(torch.nn.functional.silu, x))
+
+
 def test_jit_script(save, device):
     scripted = torch.jit.script(torch.nn.Sequential(torch_sigmoid.Sigmoid(save=save)))
     x = random((5,), torch.float32, device)
@@ -203,3 +233,51 @@ def test_fx_symbolic_trace_keeps_our_function(save, device):
     assert any(node.target is torch_sigmoid.sigmoid for node in graph.graph.nodes)
     x = random((5,), torch.float32, device)
     torch.testing.assert_close(gradient(graph, x), gradient(torch.sigmoid, x))
+
+
+# Each public function, called by a function that fx traces, and how many tensors that takes.
+TRACED_BY_FX = {
+    "sigmoid": (lambda x: torch_sigmoid.sigmoid(x, save="input"), 1),
+    "sigmoid_": (lambda x: torch_sigmoid.sigmoid_(x), 1),
+    "logsigmoid": (lambda x: torch_sigmoid.logsigmoid(x), 1),
+    "silu": (lambda x: torch_sigmoid.silu(x, inplace=True), 1),
+    "glu": (lambda x: torch_sigmoid.glu(x, dim=0), 1),
+    "sigmoid_gate": (lambda x, gate: torch_sigmoid.sigmoid_gate(x, gate), 2),
+    "swiglu": (lambda gate, up: torch_sigmoid.swiglu(gate, up, alpha=1.702, limit=7.0), 2),
+    "swiglu of a packed tensor": (lambda packed: torch_sigmoid.swiglu(packed, 0), 1),
+    "swiglu of a constant": (lambda up: torch_sigmoid.swiglu(torch.ones(4, 4), up), 1),
+    "binary_cross_entropy_with_logits": (
+        lambda x, target, weight: torch_sigmoid.binary_cross_entropy_with_logits(x, target, pos_weight=weight),
+        3,
+    ),
+    "sigmoid_focal_loss": (lambda x, targets: torch_sigmoid.sigmoid_focal_loss(x, targets, gamma=1.5, reduction="sum"), 2),
+    "siglip_loss": (lambda image, text: torch_sigmoid.siglip_loss(image, text, 10.0, logit_bias=-3.0), 2),
+}
+
+
+@pytest.mark.parametrize("name", TRACED_BY_FX)
+def test_fx_symbolic_trace_records_each_function_as_one_call(name):
+    function, n_tensors = TRACED_BY_FX[name]
+    graph = torch.fx.symbolic_trace(function)
+    (called,) = (node.target for node in graph.graph.nodes if node.op == "call_function" and node.target is not torch.ones)
+    assert called is getattr(torch_sigmoid, name.split()[0])
+    tensors = [random((4, 4), torch.float32, "cpu", seed=i).sigmoid() for i in range(n_tensors)]
+    torch.testing.assert_close(graph(*map(torch.clone, tensors)), function(*map(torch.clone, tensors)))
+
+
+@pytest.mark.parametrize("name", TRACED_BY_FX)
+def test_a_function_mode_sees_torchs_operators_and_not_our_functions(name):
+    """So `intercept`, FLOP counters and tensor subclasses, which know torch's operators only, work inside of ours."""
+    seen = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    function, n_tensors = TRACED_BY_FX[name]
+    tensors = [random((4, 4), torch.float64, "cpu", seed=i).sigmoid() for i in range(n_tensors)]
+    with Recorder():
+        function(*tensors)
+    assert seen
+    assert not any(getattr(func, "__module__", None) == "torch_sigmoid.functional" for func in seen)

@@ -1,12 +1,19 @@
 """Sigmoid for PyTorch with the exact gradient, in Triton GPU kernels, with every autograd mode torch has."""
 
+import importlib.util as _importlib
 import pathlib as _pathlib
+import sys as _sys
 
-# An installed package contains kernels/; in a checkout it stands beside the package, at the root.
+# An installed package contains kernels/; in a checkout it stands beside the package, at the root, and is loaded from there.
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(_pathlib.Path(__file__).parent.parent))
+    _kernels = _pathlib.Path(__file__).parent.parent / "kernels" / "__init__.py"
+    _spec = _importlib.spec_from_file_location(f"{__name__}.kernels", _kernels)
+    kernels = _sys.modules[_spec.name] = _importlib.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
-from . import diagnostics, functional, nn
+from . import diagnostics as diagnostics
+from . import functional as functional
+from . import nn as nn
 from .autograd import SigmoidFunction
 from .functional import (
     Path,
@@ -29,6 +36,7 @@ from .swap import intercept, replace, restore
 
 __version__ = "0.1.0"
 
+# Without the modules: `from torch_sigmoid import *` must not put another `nn` or `functional` in the place of torch's.
 __all__ = [
     "GLU",
     "BCEWithLogitsLoss",
@@ -43,12 +51,9 @@ __all__ = [
     "SwiGLU",
     "binary_cross_entropy_with_logits",
     "debug",
-    "diagnostics",
-    "functional",
     "glu",
     "intercept",
     "logsigmoid",
-    "nn",
     "path",
     "replace",
     "restore",

@@ -42,12 +42,12 @@ def check_broadcasts(caller: str, name: str, tensor: Tensor, input: Tensor) -> N
 
 
 def halved_dim(caller: str, input: Tensor, dim: int) -> int:
-    """`dim` counted from the front, if it can be halved."""
+    """`dim` counted from the front, if it can be halved; else a RuntimeError, as in torch."""
     if input.dim() == 0:
-        raise ValueError(f"{caller}(): expected a tensor with a dimension to halve, got one of no dimensions")
+        raise RuntimeError(f"{caller}(): expected a tensor with a dimension to halve, got one of no dimensions")
     size = input.size(dim)
     if size % 2:
-        raise ValueError(f"{caller}(): the size of dim must be even, got {size} in dim {dim} of shape {tuple(input.shape)}")
+        raise RuntimeError(f"{caller}(): the size of dim must be even, got {size} in dim {dim} of shape {tuple(input.shape)}")
     return dim % input.dim()
 
 

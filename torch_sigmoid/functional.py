@@ -13,13 +13,14 @@ may run. The losses also take torch operators under torch.func and forward mode.
 
 import contextlib
 import math
-from collections.abc import Iterable
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from . import autograd, gates, losses, ops, siglip
 from .checks import (
@@ -80,6 +81,28 @@ _TRACED = Path("traced", "under torch.compile, export, jit.trace, functionalize 
 _SPARSE_OR_NESTED = Path("torch", "sparse and nested tensors are torch's own")
 _SMALL = Path("torch", "at this size torch's operator has the same bits and launches sooner (torch_sigmoid.ops.torch_below)")
 _torch_path = cache(lambda reason: Path("torch", reason))
+
+
+_Parameters, _Result = ParamSpec("_Parameters"), TypeVar("_Result")
+
+
+def _overridable(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let an argument that is no tensor but has a `__torch_function__`, such as fx's Proxy, take over the call.
+
+    Tensor subclasses and function modes do not: they see the torch operators that `function` calls. `sigmoid` and `sigmoid_`
+    check for themselves: there this wrapper would cost about half as much as the call.
+    """
+
+    @wraps(function)
+    def overridable(*args, **kwargs):
+        arguments = *args, *kwargs.values()
+        if has_torch_function(arguments) and not all(
+            isinstance(each, Tensor) or not hasattr(type(each), "__torch_function__") for each in arguments
+        ):
+            return handle_torch_function(overridable, arguments, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return overridable
 
 
 def path(input: Tensor, save: str = "output") -> Path:
@@ -157,7 +180,8 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x: the
             gradient is within 1 ulp of the true derivative in 16 bit (4 ulp in fp32), and x stays alive until backward.
             Integer, complex, sparse and nested tensors have torch's own gradient under both.
-        out: a tensor for the result, of its dtype and device; not differentiable, as in torch.
+        out: a tensor for the result, on its device; not differentiable, as in torch. The result is cast to its dtype, which
+            may be narrower or wider, but not an integer one, nor a real one for a complex input.
 
     Returns:
         A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: the fp32 kernel
@@ -165,7 +189,7 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
 
     Raises:
         TypeError: `input` or `out` is not a tensor.
-        ValueError: `save` is neither "output" nor "input"; `out` has another dtype or device than the result.
+        ValueError: `save` is neither "output" nor "input"; `out` is on another device, or of a dtype that takes no such result.
         RuntimeError: `out` is given where a gradient is wanted.
     """
     if not isinstance(input, Tensor):
@@ -228,6 +252,7 @@ _SILU, _LOGSIGMOID = gates.Unary("silu"), gates.Unary("logsigmoid")
 _SIGMOID_GATE = gates.Gated("sigmoid")
 
 
+@_overridable
 def logsigmoid(input: Tensor) -> Tensor:
     r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
@@ -240,12 +265,11 @@ def logsigmoid(input: Tensor) -> Tensor:
     Raises:
         TypeError: `input` is not a tensor.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(logsigmoid, (input,), input)
     check_tensors("logsigmoid", input=input)
     return gates.apply(_LOGSIGMOID, input) if _is_ours(input) else torch.nn.functional.logsigmoid(input)
 
 
+@_overridable
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
@@ -254,14 +278,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
-        inplace: write the result over `input`, and return it. For a gradient a copy of `input` is saved, as in torch.
+        inplace: write the result over `input`, and return it. Only for a gradient a copy of `input` is saved, as in torch.
 
     Raises:
         TypeError: `input` is not a tensor.
         RuntimeError: `inplace` on a leaf that requires grad.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(silu, (input,), input, inplace=inplace)
     check_tensors("silu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.silu(input, inplace)
@@ -270,10 +292,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if needs_grad and input.is_leaf:
         raise RuntimeError("silu(): input is a leaf tensor that requires grad, so it cannot be written over; got inplace=True")
-    # Under a transform another level may want a gradient that this one does not know of.
-    return input.copy_(gates.apply(_SILU, input.clone() if needs_grad or autograd.differentiable_again() else input))
+    # A transform may want a gradient at another level than this one, and jit.trace demands one graph with and without grad.
+    keeps_input = needs_grad or autograd.more_than_reverse_mode_listens()
+    return input.copy_(gates.apply(_SILU, input.clone() if keeps_input else input))
 
 
+@_overridable
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     r"""glu(a, b) = a·σ(b) for the halves a, b of `input` along `dim`; the gradient is written into one tensor like `input`.
 
@@ -286,17 +310,16 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
     Raises:
         TypeError: `input` is not a tensor.
-        ValueError: the size of `dim` is odd, or there is no dimension.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
     """
-    if not isinstance(input, Tensor) and has_torch_function_unary(input):
-        return handle_torch_function(glu, (input,), input, dim=dim)
     check_tensors("glu", input=input)
     if not _is_ours(input):
         return torch.nn.functional.glu(input, dim)
     return gates.apply(gates.Gated("sigmoid", halved_dim("glu", input, dim)), input)
 
 
+@_overridable
 def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     r"""input·σ(gate), with `gate` broadcast against `input`: squeeze-and-excitation, gated attention.
 
@@ -327,6 +350,7 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     return gates.apply(_SIGMOID_GATE, input, gate)
 
 
+@_overridable
 def swiglu(
     gate: Tensor, up: Tensor | int | None = None, dim: int = -1, *, alpha: float | None = None, limit: float | None = None
 ) -> Tensor:
@@ -348,7 +372,8 @@ def swiglu(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: shapes that do not broadcast, two devices, an odd `dim`, an `alpha` or `limit` out of range.
+        ValueError: shapes that do not broadcast, two devices, an `alpha` or `limit` out of range.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
     """
     if isinstance(up, int) and not isinstance(up, bool):
@@ -371,14 +396,14 @@ def swiglu(
         return gates.apply(gates.Gated("silu", dim, True, **constants), gate)
     check_devices("swiglu", gate=gate, up=up)
     gate, up = promoted(gate, up)
+    if not (_is_ours(gate) and _is_ours(up)):
+        return _swiglu_in_torch(gate, up, constants)
     if gate.shape != up.shape:
         try:
             gate, up = torch.broadcast_tensors(gate, up)
         except RuntimeError:
             shapes = f"{tuple(gate.shape)} and {tuple(up.shape)}"
             raise ValueError(f"swiglu(): gate and up must broadcast together, got shapes {shapes}") from None
-    if not (_is_ours(gate) and _is_ours(up)):
-        return _swiglu_in_torch(gate, up, constants)
     return gates.apply(gates.Gated("silu", None, True, **constants), gate, up)
 
 
@@ -389,22 +414,26 @@ def _swiglu_in_torch(gate: Tensor, up: Tensor, constants: dict) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+# How many `debug` contexts surround this call; each thread and each asyncio task has a count of its own.
+_debug_depth: ContextVar[int] = ContextVar("torch_sigmoid.debug", default=0)
+
+
 class debug(contextlib.ContextDecorator):
     """A context in which the losses look at the values of their targets: `with torch_sigmoid.debug(): …`, or as a decorator.
 
     A target outside of [0, 1] that is not ignored, or is NaN, is then a ValueError. To find out, the host waits for the device
     at every call, which is why it is not done elsewhere. Compiled functions, and tensors without values, are not looked at.
+    Other threads and asyncio tasks are not affected.
     """
 
-    depth = 0
-
     def __enter__(self) -> None:
-        debug.depth += 1
+        _debug_depth.set(_debug_depth.get() + 1)
 
     def __exit__(self, *exception) -> None:
-        debug.depth -= 1
+        _debug_depth.set(_debug_depth.get() - 1)
 
 
+@_overridable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -448,13 +477,6 @@ def binary_cross_entropy_with_logits(
         ValueError: target's shape is not input's, a weight does not broadcast, two devices, an unknown reduction, a smoothing
             out of range.
     """
-    arguments = input, target, weight, pos_weight
-    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        options |= {"reduction": reduction, "size_average": size_average, "reduce": reduce}
-        return handle_torch_function(
-            binary_cross_entropy_with_logits, arguments, input, target, weight=weight, pos_weight=pos_weight, **options
-        )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     caller = "binary_cross_entropy_with_logits"
@@ -469,6 +491,7 @@ def binary_cross_entropy_with_logits(
     return _loss(caller, loss, "input", input, "target", target, weight, pos_weight)
 
 
+@_overridable
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -500,11 +523,6 @@ def sigmoid_focal_loss(
 
     Returns, saves and raises as `binary_cross_entropy_with_logits`; a ValueError also for an alpha or gamma out of range.
     """
-    arguments = inputs, targets, weight
-    if has_torch_function_variadic(*arguments) and not all(each is None or isinstance(each, Tensor) for each in arguments):
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "weight": weight}
-        options |= {"alpha": alpha, "gamma": gamma, "reduction": reduction}
-        return handle_torch_function(sigmoid_focal_loss, arguments, inputs, targets, **options)
     caller = "sigmoid_focal_loss"
     check_tensors(caller, inputs=inputs, targets=targets)
     check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha, gamma)
@@ -515,6 +533,7 @@ def sigmoid_focal_loss(
     return _loss(caller, loss, "inputs", inputs, "targets", targets, weight, None)
 
 
+@_overridable
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -558,9 +577,6 @@ def siglip_loss(
         RuntimeError: `group` together with create_graph=True, transforms or forward mode.
     """
     arguments = image_features, text_features, logit_scale, logit_bias
-    tensors = [each for each in arguments if each is not None and not isinstance(each, (int, float))]
-    if has_torch_function_variadic(*tensors) and not all(isinstance(each, Tensor) for each in tensors):
-        return handle_torch_function(siglip_loss, tensors, *arguments, chunk_size=chunk_size, group=group)
     if group is None:
         *operands, dtype = _siglip_operands(*arguments, chunk_size)
         return siglip.apply(*operands, chunk_size, None, dtype)
@@ -616,7 +632,7 @@ def _loss(caller, loss, input_name, input, target_name, target, weight, pos_weig
     weight = weight_for(caller, "weight", weight, input)
     pos_weight = weight_for(caller, "pos_weight", pos_weight, input)
     check_devices(caller, **{input_name: input, target_name: target})
-    if debug.depth and not (_is_compiling() or _is_tracing()):
+    if not (_is_compiling() or _is_tracing()) and _debug_depth.get():
         check_targets(caller, target_name, target, loss.ignore_index)
     dtype = input.dtype
     if target.dtype is not dtype and target.is_floating_point():
@@ -672,6 +688,7 @@ def _sigmoid_out(input: Tensor, out: Tensor) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"sigmoid(): out must be a torch.Tensor, got {type(out).__name__}")
     dtype = input.dtype if input.dtype.is_floating_point or input.dtype.is_complex else torch.get_default_dtype()
-    if out.dtype is not dtype or out.device != input.device:
-        raise ValueError(f"sigmoid(): out must be {dtype} on {input.device}, as the result is, got {out.dtype} on {out.device}")
+    if not torch.can_cast(dtype, out.dtype) or out.device != input.device:
+        expected = f"a dtype that {dtype} can be cast to, on {input.device}"
+        raise ValueError(f"sigmoid(): out must have {expected}, got {out.dtype} on {out.device}")
     return torch.sigmoid(input, out=out)

@@ -322,16 +322,27 @@ def operator_backward(operator, grad_output, *tensors):
 _apply_eager = super(Function, OperatorFunction).apply
 
 
+def _recordable(tensor: Tensor) -> Tensor:
+    """The tensor as a Function can save it."""
+    if tensor.is_inference():
+        # Autograd saves none, such as the gate that a frozen network computed for a trained operand.
+        return tensor.clone()
+    # After a transform ends, its tensors are dead wrappers: unwrap them, so that the graph sees the tensor inside.
+    return torch._C._functorch.unwrap_if_dead(tensor)
+
+
 def apply(operator: Unary | Gated, *tensors: Tensor) -> Tensor:
     """operator(*tensors), recorded where anything listens; in torch operators where only these are seen."""
     if ops.only_torch_operators_are_seen():
+        if tensors[0].dim() == 0:
+            # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
+            return operator.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
         return operator.formula(*tensors)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return OperatorFunction.apply(operator, *tensors)
     if not torch.is_grad_enabled():
         return operator.forward(*tensors)
     if any(tensor.requires_grad for tensor in tensors):
-        # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
-        return _apply_eager(operator, *map(torch._C._functorch.unwrap_if_dead, tensors))
+        return _apply_eager(operator, *map(_recordable, tensors))
     with torch.no_grad():  # so that the formulas know that nothing listens
         return operator.forward(*tensors)

@@ -78,6 +78,9 @@ class Loss:
         return total if self.reduction == "sum" else total / (elements.numel() if count is None else count)
 
     def formula(self, x, target, weight, pos_weight, dtype: torch.dtype, targets_vary: bool = True) -> Tensor:
+        if x.dim() == 0:
+            # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
+            return self.formula(x.unsqueeze(0), target, weight, pos_weight, dtype, targets_vary).reshape(())
         elements = self.elements(0, 1.0, wide(x), target, weight, pos_weight, targets_vary)
         return self.reduced(elements, self.count(target)).to(dtype)
 
@@ -129,7 +132,8 @@ def weighted_loss(
 ) -> Tensor:
     """v·ℓ(x), v·ℓ'(x) or v·ℓ"(x), by `order`: see kernels/maths.py, whose formulas these are.
 
-    Differentiable in v and x; for order 0 and `targets_vary` in positive and negative too.
+    Differentiable in v and x; for order 0 and `targets_vary` in positive and negative too. v multiplies the sum and not its
+    terms, one of which may be 0: so an infinite v makes a loss above 0 infinite, as in torch, and not NaN.
     """
     above = x >= 0
     distance = torch.where(above, x, -x)
@@ -148,20 +152,22 @@ def weighted_loss(
         if targets_vary:
             inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
             log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
-        v = v * power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
-    v_wrong, v_right = v * wrong, v * right
+        focus = power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
+        if order == 0:
+            # Where the loss is infinite it is a line: with ∞·0 for the rest of its derivative there would be none.
+            focus = torch.where(distance.isinf(), focus.detach(), focus)
+        v = v * focus
     if order == 0:
-        # Where the loss is infinite it is a line: with 0·∞ for the rest of its derivative there would be none.
-        infinite = distance.isinf()
-        line = torch.where(infinite & (v_wrong != 0), distance, 0.0) * (v_wrong.detach() if gamma else v_wrong)
-        return v_wrong * torch.where(infinite, near, distance) + (v_wrong + v_right) * log_one + line
+        # A loss that does not count is 0 at an infinite logit too.
+        distance = torch.where(distance.isinf() & (clear | (v == 0)), near, distance)
+        return v * (wrong * (distance + log_one) + right * log_one)
     if order == 1 or gamma:
-        slope = torch.where(clear, -v_right * e, v_wrong - v_right * tail) / one_plus
+        slope = v * torch.where(clear, -right * e, wrong - right * tail) / one_plus
         slope = result = slope * torch.where(clear, scale, 1.0)
     if order == 2:
-        result = (v_wrong + v_right) * e / one_plus**2 * scale
+        result = v * (wrong + right) * e / one_plus**2 * scale
     if gamma:
-        loss = v_wrong * near + (v_wrong + v_right) * log_one
+        loss = v * (wrong * (near + log_one) + right * log_one)
         q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
         if order == 1:
             result = result + gamma * loss * q

@@ -261,7 +261,10 @@ class SigLIPLoss(torch.nn.Module):
         self.group = group
 
     def __deepcopy__(self, memo):
-        return copy.copy(self)
+        memo[id(self.group)] = self.group  # a process group cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def forward(
         self,

@@ -15,6 +15,9 @@ from . import kernels
 aten_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 _sigmoid_backward_into = torch.ops.aten.sigmoid_backward.grad_input
 
+# As in kernels/launch.py: `data_ptr` would copy a tensor that `torch._lazy_clone` has made.
+_address_of = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+
 # Triton's code generation for NVIDIA starts at Turing.
 MINIMUM_CAPABILITY = (7, 5)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -99,10 +102,10 @@ def launchable(first: Tensor, *others: Tensor) -> bool:
         return False
     index = first.get_device()
     try:
-        if type(first) not in PLAIN_TYPES or first.data_ptr() == 0 or first.is_neg():
+        if type(first) not in PLAIN_TYPES or _address_of(first) == 0 or first.is_neg():
             return False
         for tensor in others:
-            if type(tensor) not in PLAIN_TYPES or tensor.data_ptr() == 0 or tensor.is_neg() or tensor.get_device() != index:
+            if type(tensor) not in PLAIN_TYPES or _address_of(tensor) == 0 or tensor.is_neg() or tensor.get_device() != index:
                 return False
     except RuntimeError:
         return False

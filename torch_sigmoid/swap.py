@@ -121,7 +121,9 @@ def intercepted_save() -> str | None:
 class _Nesting(threading.local):
     """Whether an inner `intercept` has taken the call, whose own torch.sigmoid an outer one must let through."""
 
-    handled = False
+    # Not on the class: torch.compile guards on where it finds the attribute, which the first call would set on the instance.
+    def __init__(self) -> None:
+        self.handled = False
 
 
 _nesting = _Nesting()

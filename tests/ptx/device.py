@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from .arithmetic import EXACT
 from .machine import launch
 from .memory import Operand
-from .program import parse
+from .program import Program, parse
 
 # Of these parameters, given as outputs, a kernel reads the elements that it writes.
 READ_TOO = frozenset(("totals_ptr",))
@@ -59,6 +59,7 @@ class Device(CudaDriver):
         self.launcher_cls = functools.partial(_Launch, self)
         self.ptx_of: dict[bytes, str] = {}  # by machine code
         self.texts: list[tuple[str, str]] = []  # name and PTX, by handle
+        self.programs: dict[str, Program] = {}  # by PTX
         self.tensors: list[tuple] = []  # inputs and outputs of the launches under way
         self.model = EXACT
         self.n_launches = 0
@@ -74,9 +75,11 @@ class Device(CudaDriver):
     def get_current_target(self):
         return GPUTarget("cuda", self.arch, 32)
 
-    @functools.cache  # noqa: B019: there is one device, and it lives as long as the process
     def program(self, text):
-        return parse(text)
+        """The kernel in a text, parsed once."""
+        if text not in self.programs:
+            self.programs[text] = parse(text)
+        return self.programs[text]
 
     def observe(self, launcher):
         """Make a class of launchers tell this device what a launch reads and writes."""

@@ -48,7 +48,10 @@ def values(names: str, types: str, modifiers: str = ""):
         @rule(names, types, modifiers)
         def run(group, instruction, guard):
             destination, *sources = instruction.operands
-            operands = [group.read(source, instruction.type) for source in sources]
+            kinds = [instruction.type] * len(sources)
+            if len(instruction.types) == 2:  # 16-bit operands of an fp32 sum: add.f32.bf16
+                kinds[-1] = instruction.types[0]
+            operands = [group.read(source, kind) for source, kind in zip(sources, kinds)]
             group.write(destination, function(instruction, *operands), guard)
 
         return function
@@ -289,7 +292,11 @@ NUMBERS = "u16 s16 u32 s32 u64 s64 f32 f64 f32x2"
 
 def _arithmetic(instruction, operation, *operands):
     """IEEE for floats, with .ftz and .sat; modulo the width for integers; each half of a pair for itself."""
-    kind = instruction.type
+    kind = instruction.types[0]
+    if kind in ("f16", "bf16"):
+        raise Fault("16-bit arithmetic is not known", 0)
+    if instruction.type == "f16":
+        operands = [each.astype(np.float32) for each in operands]
     if kind == "f32x2":
         if instruction.has("sat"):
             raise Fault("pairs with .sat are not known", 0)
@@ -311,12 +318,12 @@ def _saturated(instruction, result):
     return saturate(result) if instruction.has("sat") else result
 
 
-@values("add", NUMBERS, "rn ftz sat")
+@values("add", f"{NUMBERS} f16 bf16", "rn ftz sat")
 def _add(instruction, a, b):
     return _arithmetic(instruction, np.add, a, b)
 
 
-@values("sub", NUMBERS, "rn ftz sat")
+@values("sub", f"{NUMBERS} f16 bf16", "rn ftz sat")
 def _sub(instruction, a, b):
     return _arithmetic(instruction, np.subtract, a, b)
 
@@ -346,7 +353,7 @@ def _mad(group, instruction, guard):
     group.write(destination, a * b + group.read(c, kind), guard)
 
 
-@values("fma", "f32 f64 f32x2", "rn rm ftz sat")
+@values("fma", "f32 f64 f32x2 f16 bf16", "rn rm ftz sat")
 def _fma(instruction, a, b, c):
     if instruction.has("rm") and instruction.type != "f32":
         raise Fault("fma.rm of f32 only is known", 0)

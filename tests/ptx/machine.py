@@ -25,13 +25,12 @@ __all__ = ["PtxError", "launch"]
 
 
 def _immediate(text, width):
-    if (text[:2] in ("0f", "0F") and len(text) == 10 and width == 32) or (text[:2] in ("0d", "0D") and len(text) == 18 and width == 64):
-        value = int(text[2:], 16)
-    else:
-        try:
-            value = int(text.rstrip("U"), 0)
-        except ValueError:
-            raise Fault(f"unknown operand {text}", 0) from None
+    """A number as the instruction spells it: 0f3F800000 and 0d3FF0000000000000 give the bits of fp32 and fp64."""
+    is_float = text[:2].lower() == {32: "0f", 64: "0d"}.get(width) and len(text) == 2 + width // 4
+    try:
+        value = int(text[2:], 16) if is_float else int(text.rstrip("U"), 0)
+    except ValueError:
+        raise Fault(f"unknown operand {text}", 0) from None
     return np.array([value % (1 << width)], dtype=UNSIGNED[width])
 
 
@@ -135,7 +134,7 @@ class Group:
 
 
 def poison(dtype):
-    return np.array([True if dtype == bool else POISON % (1 << 8 * dtype.itemsize)], dtype=dtype)
+    return np.array([True if dtype.kind == "b" else POISON % (1 << 8 * dtype.itemsize)], dtype=dtype)
 
 
 SPECIAL_REGISTERS = {

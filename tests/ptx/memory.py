@@ -52,7 +52,8 @@ class Operand:
         self.steps = steps[::-1]
         self.extent = 1 + sum((size - 1) * stride for stride, size in steps) if tensor.numel() else 0
         self.end = self.start + self.extent * self.item
-        self.is_dense = self.extent == math.prod(size for _, size in steps)
+        self.distinct = math.prod(size for _, size in steps)  # elements, unless rows overlap
+        self.is_dense = self.extent == self.distinct
         self.offsets, reach = None, 0
         for stride, size in steps:
             if stride <= reach:  # rows that overlap, as of an unfolded tensor
@@ -83,7 +84,11 @@ class Operand:
 
 @dataclass
 class Report:
-    """What a launch did. `instructions` are issued by warps; bytes are requested by threads, sectors of 32 bytes by warps."""
+    """What a launch did.
+
+    `instructions` are issued by warps. Bytes are `requested` by threads, `sectors` of 32 bytes by warps, and `ideal` is each
+    element of each tensor once.
+    """
 
     name: str = ""
     programs: int = 0
@@ -91,6 +96,7 @@ class Report:
     instructions: int = 0
     requested: Counter = field(default_factory=Counter)
     sectors: Counter = field(default_factory=Counter)
+    ideal: Counter = field(default_factory=Counter)
     widths: Counter = field(default_factory=Counter)
     rewritten: int = 0
     seconds: float = 0.0
@@ -107,6 +113,12 @@ class GlobalMemory:
     def __init__(self, operands, report, count_sectors=False):
         self.operands = [operand for operand in operands if operand.extent]
         self.report, self.count_sectors = report, count_sectors
+        for kind, role in (("load", "is_input"), ("store", "is_output")):
+            # A tensor may be passed several times, where a kernel has no use for one of its parameters.
+            given = {
+                (each.start, tuple(each.steps)): each.distinct * each.item for each in self.operands if getattr(each, role)
+            }
+            report.ideal[kind] = sum(given.values())
         # Tensors that overlap are one span.
         spans: list[list[int]] = []
         for operand in sorted(self.operands, key=lambda each: each.start):

@@ -87,9 +87,8 @@ class _Body:
         self.labels: dict[str, int] = {}
         self.widths: dict[str, int] = {}
         self.scopes: list[dict[str, str]] = []  # the registers of inner braces, which inline assembly opens
-        line = text.count("\n", 0, start) + 1
-        statement, first_line = "", line
-        for line, raw in enumerate(text[start:].split("\n"), line):
+        statement, first_line = "", 0
+        for line, raw in enumerate(text[start:].split("\n"), text.count("\n", 0, start) + 1):
             rest = raw.split("//")[0].strip()
             if rest.startswith(DIRECTIVES):
                 continue
