@@ -6,9 +6,10 @@ operations on bits (which floats refuse, so that any test notices) and what Pyth
 sample follows from the seed, its function and its line alone, so that an edit elsewhere leaves the sample as it is.
 
 Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file, then all others that need no
-kernel, until one fails or takes too long: that kills the mutant, if the same test passes on the unchanged copy. Each result is
-added to benchmarks/results/mutants.csv at once, and the next run with the same seed continues there. If no test can tell a
-survivor from the original, write the reason into its column `equivalent`; later runs keep it.
+kernel, until one fails or takes too long: that kills the mutant, if the same test passes on the unchanged copy. A test that
+fails there takes no part, and mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at
+once, and the next run with the same seed continues there. Where nothing can tell a survivor from the original, write the
+reason into its column `equivalent`; later runs keep it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,14 +194,15 @@ def expendable() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def run_tests(way: str, tests: list[str]) -> tuple[str, str]:
+def run_tests(way: str, tests: list[str], left_out: Iterable[str] = ()) -> tuple[str, str]:
     """What pytest says of the copy, "passed", "failed" or "timeout", and the first test that failed, if there is one."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(WORK / "triton")}
     environment.pop("TRITON_INTERPRET", None)
     with open(WORK / "output.txt", "w+") as output:
         options = {"cwd": COPY, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
-        process = subprocess.Popen([*command, f"--kernels={way}", *tests], preexec_fn=expendable, **options)
+        arguments = [f"--kernels={way}", *tests, *(f"--deselect={test}" for test in left_out)]
+        process = subprocess.Popen([*command, *arguments], preexec_fn=expendable, **options)
         try:
             process.wait(WALL_SECONDS)
         except subprocess.TimeoutExpired:
@@ -212,7 +214,8 @@ def run_tests(way: str, tests: list[str]) -> tuple[str, str]:
             process.wait()
         output.seek(0)
         failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", output.read(), re.MULTILINE)
-    outcome = {0: "passed", -signal.SIGXCPU: "timeout"}.get(process.returncode, "failed")
+    # 5: there was nothing to run.
+    outcome = {0: "passed", 5: "passed", -signal.SIGXCPU: "timeout"}.get(process.returncode, "failed")
     return outcome, failed.group(1) if failed else ""
 
 
@@ -228,9 +231,14 @@ def stages(file: str) -> Iterator[tuple[str, list[str]]]:
 
 
 class Judge:
-    """Runs mutants against the tests, and believes a test only if it passes without the mutation."""
+    """Runs mutants against the tests, and believes a test only if it passes without the mutation.
+
+    Attributes:
+        red: what fails without any mutation, and therefore takes no part: how kernels run, and the test.
+    """
 
     def __init__(self):
+        self.red: list[tuple[str, str]] = []
         self.passes_unchanged: set[tuple] = set()
         self.n_written = 0
 
@@ -240,14 +248,29 @@ class Judge:
         row |= {"killed by": "", "seconds": None, "equivalent": ""}
         begin = seconds_on_a_core()
         for way, tests in stages(mutant.file):
-            with self.written(mutant):
-                outcome, test = run_tests(way, tests)
+            outcome, test = self.face(mutant, way, tests)
             if outcome != "passed":
-                self.check_unchanged(way, [test] if test else tests)
                 killer = f"--kernels={way} {test or ' '.join(tests)}"
                 row |= {"outcome": "killed" if outcome == "failed" else outcome, "killed by": killer}
                 break
         return row | {"seconds": round(seconds_on_a_core() - begin)}
+
+    def face(self, mutant: Mutant, way: str, tests: list[str]) -> tuple[str, str]:
+        """As `run_tests`, of a mutant."""
+        while True:
+            with self.written(mutant):
+                outcome, test = run_tests(way, tests, [test for its_way, test in self.red if its_way == way])
+            killers = way, *([test] if test else tests)
+            if outcome == "passed" or killers in self.passes_unchanged:
+                return outcome, test
+            unchanged, _ = run_tests(way, list(killers[1:]))
+            if unchanged == "passed":
+                self.passes_unchanged.add(killers)
+            elif test:
+                print(f"fails without any mutation, and takes no part: --kernels={way} {test}", file=sys.stderr)
+                self.red.append((way, test))
+            else:
+                raise record.WrongResultError(f"without any mutation: {unchanged}, --kernels={way} {' '.join(tests)}")
 
     @contextlib.contextmanager
     def written(self, mutant: Mutant):
@@ -261,13 +284,6 @@ class Judge:
             yield
         finally:
             shutil.copy2(original, path)
-
-    def check_unchanged(self, way: str, tests: list[str]) -> None:
-        if (way, *tests) not in self.passes_unchanged:
-            outcome, test = run_tests(way, tests)
-            if outcome != "passed":
-                raise record.WrongResultError(f"without any mutation: {outcome}, {test or tests} with --kernels={way}")
-            self.passes_unchanged.add((way, *tests))
 
 
 def read_rows(path: Path) -> dict[str, dict]:
@@ -302,8 +318,11 @@ def main(argv=None) -> int:
             writer.writerow(row)
     rows = [known[mutant.id] | {"line": mutant.line} for mutant in mutants]
     survivors = [row for row in rows if row["outcome"] == "survived"]
+    left_out = [f"--kernels={way} {test}" for way, test in judge.red]
     counts = {"killed": len(rows) - len(survivors), "equivalent": sum(bool(row["equivalent"]) for row in survivors)}
-    record.write(arguments.out, "mutants", rows, record.environment(torch.device("cpu")), seed=arguments.seed, **counts)
+    record.write(
+        arguments.out, "mutants", rows, record.environment(torch.device("cpu")), seed=arguments.seed, **counts, red=left_out
+    )
     record.show("Survivors", survivors, ["id", "file", "line", "change", "equivalent"])
     print(f"{counts['killed']} of {len(rows)} mutants killed; {counts['equivalent']} of the survivors are equivalent")
     return 0
