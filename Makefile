@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing test lint bench figures gpu clean
+.PHONY: train vanishing test lint mutants bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -22,6 +22,11 @@ test: lint
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Do the tests notice a wrong line? 100 random ones, each in a copy of the checkout, for hours; a second call continues there.
+mutants: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mutants]"
+	$(RUN) -m benchmarks.mutants $(ARGS)
 
 # Measures what this machine can measure, into benchmarks/results/.
 bench: $(VENV)/installed

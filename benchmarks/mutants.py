@@ -1,0 +1,332 @@
+"""Tests the tests (`make mutants`): of random one-point changes to kernels/ and torch_sigmoid/, how many make a test fail.
+
+cosmic-ray finds the points and makes the changes: another operator or comparison, a condition negated, a number one off, a
+decorator gone, a loop without iterations. It leaves strings alone, and this file leaves out annotations, arithmetic turned into
+operations on bits (which floats refuse, so that any test notices) and what Python refuses to compile. A point's rank in the
+sample follows from the seed, its function and its line alone, so that an edit elsewhere leaves the sample as it is.
+
+Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file, then all others that need no
+kernel, until one fails or takes too long: that kills the mutant, if the same test passes on the unchanged copy. A test that
+fails there takes no part, and mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at
+once, and the next run with the same seed continues there. Where nothing can tell a survivor from the original, write the
+reason into its column `equivalent`; later runs keep it.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import record
+
+WORK = record.ROOT / "runs" / "mutants"
+COPY = WORK / "checkout"
+# The tests that concern a file, likely killers first: what executes kernels (tests/conftest.py), and the names of test files.
+CONCERNED = {
+    "kernels/__init__.py": ("device package", "interpreter forward"),
+    "kernels/gates.py": ("ptx gates", "device codegen"),
+    "kernels/launch.py": ("device launch layouts", "ptx forward layouts strides", "device codegen", "interpreter layouts"),
+    "kernels/losses.py": ("ptx losses", "device codegen"),
+    "kernels/maths.py": ("ptx losses gates forward backward", "device maths codegen", "ptx siglip", "interpreter forward"),
+    "kernels/siglip.py": ("ptx siglip", "device codegen"),
+    "kernels/sigmoid.py": ("ptx forward backward layouts", "device codegen launch", "ptx autograd"),
+    "kernels/statistics.py": ("ptx diagnostics",),
+    "torch_sigmoid/__init__.py": ("device package modules",),
+    "torch_sigmoid/__main__.py": ("device package",),
+    "torch_sigmoid/_report.py": ("device diagnostics",),
+    "torch_sigmoid/autograd.py": ("device autograd modules backward tracing", "ptx autograd backward"),
+    "torch_sigmoid/checks.py": ("device errors losses gates siglip tensors", "ptx losses"),
+    "torch_sigmoid/diagnostics.py": ("device diagnostics", "ptx diagnostics"),
+    "torch_sigmoid/functional.py": ("device tensors errors tracing modules gates losses", "ptx tensors autograd"),
+    "torch_sigmoid/gates.py": ("device gates", "ptx gates"),
+    "torch_sigmoid/losses.py": ("device losses", "ptx losses"),
+    "torch_sigmoid/nn.py": ("device modules errors gates losses siglip", "ptx modules"),
+    "torch_sigmoid/ops.py": ("device backward launch tensors tracing", "ptx backward autograd", "interpreter backward"),
+    "torch_sigmoid/siglip.py": ("device siglip", "ptx siglip"),
+    "torch_sigmoid/statistics.py": ("device diagnostics", "ptx diagnostics"),
+    "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
+}
+# Trainings, the suite of benchmarks, and what only a GPU runs: minutes for little.
+NO_KILLERS = {"benchmarks", "gpu", "mutants", "train"}
+# Shifts and bitwise operations on numbers that have none.
+SENSELESS = re.compile(r"core/ReplaceBinaryOperator_(Add|Sub|Mul|Div|FloorDiv|Mod|Pow)_(RShift|LShift|Bit\w+)")
+# For one run of pytest, several times what the longest takes: on its core, and by the clock of a machine with other work.
+CPU_SECONDS, WALL_SECONDS = 900, 7200
+
+
+class Mutant(NamedTuple):
+    id: str
+    file: str
+    line: int
+    definition: str
+    operator: str
+    change: str
+    code: str
+
+
+def sources() -> list[str]:
+    return sorted(
+        f"{folder}/{path.name}" for folder in ("kernels", "torch_sigmoid") for path in (record.ROOT / folder).glob("*.py")
+    )
+
+
+def test_names() -> list[str]:
+    return sorted(path.stem.removeprefix("test_") for path in (record.ROOT / "tests").glob("test_*.py"))
+
+
+def rank(*words) -> str:
+    return hashlib.sha256(" | ".join(map(str, words)).encode()).hexdigest()
+
+
+def annotates(node) -> bool:
+    """Whether a node of parso's tree lies in an annotation."""
+    while node.parent is not None:
+        before = node.get_previous_sibling()
+        if before == "->" or (before == ":" and node.parent.type in ("tfpdef", "annassign")):
+            return True
+        node = node.parent
+    return False
+
+
+def points(file: str) -> Iterator[tuple[tuple, int, list[tuple[str, int]]]]:
+    """Where cosmic-ray would change a file: a name of the point that survives edits elsewhere, its line, and the changes."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.ast.ast_query import ASTQuery
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = (COPY / file).read_text()
+    nodes = list(ast_nodes(get_ast(source)))
+    node_at, changes = {}, defaultdict(list)
+    for name in operator_names():
+        # Operators with arguments replace variables, which somebody would have to name.
+        if SENSELESS.match(name) or get_operator(name).arguments():
+            continue
+        operator = get_operator(name)()
+        positions = ((position, node) for node in nodes for position in operator.mutation_positions(node))
+        for occurrence, (position, node) in enumerate(positions):
+            node_at[position] = node
+            changes[position].append((name, occurrence))
+    alike = Counter()
+    for position in sorted(changes):
+        (line, _), node = position[0], node_at[position]
+        place = file, ASTQuery(node).get_definition_name() or "", source.split("\n")[line - 1].strip()
+        alike[place] += 1
+        if not annotates(node):
+            yield (*place, alike[place]), line, changes[position]
+
+
+def compiles(code: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compile(code, "mutant", "exec")
+    except (SyntaxError, SyntaxWarning):
+        return False
+    return True
+
+
+def change_of(before: str, after: str) -> str:
+    """The lines that differ, as one."""
+    old, new = before.split("\n"), after.split("\n")
+    for end in (0, -1):
+        while old and new and old[end] == new[end]:
+            del old[end], new[end]
+    return " → ".join(" ".join(" ".join(lines).split()) or "(nothing)" for lines in (old, new))
+
+
+def sample(seed: int, count: int) -> list[Mutant]:
+    """One mutant at each of `count` points of the copy."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    drawn = []
+    for _, place, line, changes in sorted(
+        (rank(seed, *place), place, *rest) for file in sources() for place, *rest in points(file)
+    ):
+        source = (COPY / place[0]).read_text()
+        for index in sorted(range(len(changes)), key=lambda index: rank(seed, *place, index)):
+            operator, occurrence = changes[index]
+            code = mutate_code(source, get_operator(operator)(), occurrence)
+            change = change_of(source, code)
+            if code != source and compiles(code):
+                name = rank(*place, operator, change)[:8]
+                drawn.append(Mutant(name, place[0], line, place[1], operator.removeprefix("core/"), change, code))
+                break
+        if len(drawn) == count:
+            break
+    return drawn
+
+
+def copy_checkout() -> None:
+    """What git would take of the checkout."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    for name in record.output_of(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).splitlines():
+        if (record.ROOT / name).is_file():
+            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(record.ROOT / name, COPY / name)
+
+
+def seconds_on_a_core() -> float:
+    """What the processes started so far have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def expendable() -> None:
+    """A process for a mutant: others come first, for time and for memory, and its time is limited."""
+    os.nice(10)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def run_tests(way: str, tests: list[str], left_out: Iterable[str] = ()) -> tuple[str, str]:
+    """What pytest says of the copy, "passed", "failed" or "timeout", and the first test that failed, if there is one."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(WORK / "triton")}
+    environment.pop("TRITON_INTERPRET", None)
+    with open(WORK / "output.txt", "w+") as output:
+        options = {"cwd": COPY, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
+        arguments = [f"--kernels={way}", *tests, *(f"--deselect={test}" for test in left_out)]
+        process = subprocess.Popen([*command, *arguments], preexec_fn=expendable, **options)
+        try:
+            process.wait(WALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "timeout", ""
+        finally:
+            # The processes that tests have started end with them.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", output.read(), re.MULTILINE)
+    # 5: there was nothing to run.
+    outcome = {0: "passed", 5: "passed", -signal.SIGXCPU: "timeout"}.get(process.returncode, "failed")
+    return outcome, failed.group(1) if failed else ""
+
+
+def stages(file: str) -> Iterator[tuple[str, list[str]]]:
+    """The runs that a mutant of this file faces, one after the other: what executes kernels, and the test files."""
+    left = [name for name in test_names() if name not in NO_KILLERS]
+    for stage in CONCERNED[file]:
+        way, *names = stage.split()
+        yield way, [f"tests/test_{name}.py" for name in names]
+        if way == "device":
+            left = [name for name in left if name not in names]
+    yield "device", [f"tests/test_{name}.py" for name in left]
+
+
+class Judge:
+    """Runs mutants against the tests, and believes a test only if it passes without the mutation.
+
+    Attributes:
+        red: what fails without any mutation, and therefore takes no part: how kernels run, and the test.
+    """
+
+    def __init__(self):
+        self.red: list[tuple[str, str]] = []
+        self.passes_unchanged: set[tuple] = set()
+        self.n_written = 0
+
+    def judge(self, mutant: Mutant) -> dict:
+        """The row of a mutant."""
+        row = {key: value for key, value in mutant._asdict().items() if key != "code"} | {"outcome": "survived"}
+        row |= {"killed by": "", "seconds": None, "equivalent": ""}
+        begin = seconds_on_a_core()
+        for way, tests in stages(mutant.file):
+            outcome, test = self.face(mutant, way, tests)
+            if outcome != "passed":
+                killer = f"--kernels={way} {test or ' '.join(tests)}"
+                row |= {"outcome": "killed" if outcome == "failed" else outcome, "killed by": killer}
+                break
+        return row | {"seconds": round(seconds_on_a_core() - begin)}
+
+    def face(self, mutant: Mutant, way: str, tests: list[str]) -> tuple[str, str]:
+        """As `run_tests`, of a mutant."""
+        while True:
+            with self.written(mutant):
+                outcome, test = run_tests(way, tests, [test for its_way, test in self.red if its_way == way])
+            killers = way, *([test] if test else tests)
+            if outcome == "passed" or killers in self.passes_unchanged:
+                return outcome, test
+            unchanged, _ = run_tests(way, list(killers[1:]))
+            if unchanged == "passed":
+                self.passes_unchanged.add(killers)
+            elif test:
+                print(f"fails without any mutation, and takes no part: --kernels={way} {test}", file=sys.stderr)
+                self.red.append((way, test))
+            else:
+                raise record.WrongResultError(f"without any mutation: {unchanged}, --kernels={way} {' '.join(tests)}")
+
+    @contextlib.contextmanager
+    def written(self, mutant: Mutant):
+        path, original = COPY / mutant.file, WORK / "original.py"
+        shutil.copy2(path, original)
+        path.write_text(mutant.code)
+        # Python trusts what it has compiled from a file of this time and size, so each mutant gets a time of its own.
+        self.n_written += 1
+        os.utime(path, (self.n_written, self.n_written))
+        try:
+            yield
+        finally:
+            shutil.copy2(original, path)
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """The results so far, by the mutant's id."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {row["id"]: row | {"seconds": int(row["seconds"])} for row in csv.DictReader(file)}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=100, help="mutants in the sample (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="run the survivors again, but for the equivalent ones")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for the results (default: benchmarks/results)")
+    arguments = parser.parse_args(argv)
+    copy_checkout()
+    mutants = sample(arguments.seed, arguments.count)
+    path = arguments.out / "mutants.csv"
+    known = read_rows(path)
+    if arguments.again:
+        known = {name: row for name, row in known.items() if row["outcome"] != "survived" or row["equivalent"]}
+    judge = Judge()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for mutant in record.progress([mutant for mutant in mutants if mutant.id not in known], "mutants"):
+        row = known[mutant.id] = judge.judge(mutant)
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+    rows = [known[mutant.id] | {"line": mutant.line} for mutant in mutants]
+    survivors = [row for row in rows if row["outcome"] == "survived"]
+    left_out = [f"--kernels={way} {test}" for way, test in judge.red]
+    counts = {"killed": len(rows) - len(survivors), "equivalent": sum(bool(row["equivalent"]) for row in survivors)}
+    record.write(
+        arguments.out, "mutants", rows, record.environment(torch.device("cpu")), seed=arguments.seed, **counts, red=left_out
+    )
+    record.show("Survivors", survivors, ["id", "file", "line", "change", "equivalent"])
+    print(f"{counts['killed']} of {len(rows)} mutants killed; {counts['equivalent']} of the survivors are equivalent")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
