@@ -4,6 +4,7 @@ A rule has the types and modifiers that are known, and `run(group, instruction, 
 their operands' values alone: `@values` reads the operands as numbers of the instruction's type and writes the result.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,7 +75,9 @@ def check(program: Program):
     program.is_known = True
 
 
+@functools.cache
 def width_of(kind):
+    """How many bits a type has."""
     return {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64}.get(kind) or int(kind[1:])
 
 

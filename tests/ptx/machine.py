@@ -8,6 +8,7 @@ Where threads of one program read what another one writes, with no barrier in be
 both orders, and must give the same: Triton lets idle threads read along whose results nobody uses.
 """
 
+import functools
 import time
 
 import numpy as np
@@ -26,6 +27,7 @@ POISON = 0x7FF7A5A57FF7A5A5
 __all__ = ["PtxError", "launch"]
 
 
+@functools.cache
 def _immediate(text, width):
     """A number as the instruction spells it: 0f3F800000 and 0d3FF0000000000000 give the bits of fp32 and fp64."""
     is_float = text[:2].lower() == {32: "0f", 64: "0d"}.get(width) and len(text) == 2 + width // 4
