@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import bounds
 import conftest
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ptx.instructions import check
 
 import torch_sigmoid as ts
 from torch_sigmoid import ops
+from torch_sigmoid.losses import Loss
 
 # --- arithmetic against exact rationals -----------------------------------------------------------------------------------
 
@@ -152,8 +154,10 @@ def ptx(kernels):
     """The emulated device; as it was, afterwards."""
     if kernels.ptx is None:
         pytest.skip("needs --kernels=ptx")
+    model = kernels.ptx.model
     yield kernels.ptx
     kernels.ptx.rewrite = kernels.ptx.only = None
+    kernels.ptx.model = model
 
 
 def forward():
@@ -300,13 +304,14 @@ def test_a_fault_in_the_machine_code_is_found(fault, ptx):
     assert changed == [True]
 
 
-def changed_kernels(folder, file, old, new):
-    """The package `kernels` with one place of its source changed, under a name of its own."""
-    name = f"kernels_{abs(hash((file, old, new)))}"
+def changed_kernels(folder, *changes):
+    """The package `kernels` with places of its source changed, each (file, old, new), under a name of its own."""
+    name = f"kernels_{abs(hash(changes))}"
     package = shutil.copytree(KERNELS, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (package / file).read_text()
-    assert source.count(old) >= 1, "the source has changed: say anew what the fault is"
-    (package / file).write_text(source.replace(old, new, 1))
+    for file, old, new in changes:
+        source = (package / file).read_text()
+        assert old in source, "the source has changed: say anew what the fault is"
+        (package / file).write_text(source.replace(old, new, 1))
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
@@ -382,7 +387,95 @@ def far_apart():
 @pytest.mark.parametrize("fault", FAULTS_IN_KERNELS)
 def test_a_fault_in_a_kernel_is_found(fault, ptx, tmp_path):
     change, run, message = FAULTS_IN_KERNELS[fault]
-    changed = changed_kernels(tmp_path, *change)
+    changed = changed_kernels(tmp_path, change)
     ptx.observe(changed.launch.Launcher)
     with pytest.raises(PtxError, match=f"(?s){message}"):
         run(changed)
+
+
+# --- faults of arithmetic, which show in values -------------------------------------------------------------------------------
+
+
+def sum_of_partials(kernels):
+    return kernels.losses.folded(torch.ones(3000), torch.float32).item() == 3000
+
+
+def sum_of_losses(kernels):
+    x = torch.zeros(9000)
+    loss, _ = kernels.losses.loss_forward(x, x, None, None, Loss(reduction="sum"), torch.float32)
+    return abs(loss.item() - 9000 * math.log(2)) < 0.01
+
+
+def gradient_within_its_bound(kernels):
+    x = torch.linspace(-80, 80, 20_001)
+    wide = x.double().numpy()
+    derived = bounds.weighted(bounds.Arithmetic(bounds.EXP_OF_EX2[2]), wide, "sigmoid", 1)
+    error = np.abs(kernels.sigmoid_backward(torch.ones_like(x), x, True).double().numpy() - derived.value)
+    return (error <= bounds.Arithmetic(bounds.EXP_OF_EX2[2]).total_error(derived, wide)).all()
+
+
+def focal_gradient_of_bf16(kernels):
+    x, zero = torch.tensor([-58.25], dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)
+    loss = Loss(0.5, reduction="none")
+    gradient = kernels.losses.loss_backward(torch.ones_like(x), x, zero, None, None, None, loss)
+    return gradient.item() == pytest.approx(1.70e-38, rel=0.01)
+
+
+FAULTS_IN_VALUES = {
+    "partial sums dropped": (
+        [
+            (
+                "losses.py",
+                "for start in range(0, n_partials, BLOCK_SIZE)",
+                "for start in range(BLOCK_SIZE, n_partials, BLOCK_SIZE)",
+            )
+        ],
+        sum_of_partials,
+    ),
+    "tiles added up twice": (
+        [
+            (
+                "losses.py",
+                "range(tl.program_id(0), n_tiles, tl.num_programs(0))",
+                "range(tl.program_id(0) // 2, n_tiles, tl.num_programs(0))",
+            )
+        ],
+        sum_of_losses,
+    ),
+    "the correction of a quotient left out": (
+        [
+            (
+                "maths.py",
+                'return tl.where(tl.abs(approximation) == float("inf"), approximation, corrected)',
+                "return approximation",
+            )
+        ],
+        gradient_within_its_bound,
+    ),
+    "a flushing quotient of what is already small": (
+        [
+            (
+                "maths.py",
+                "slope = quotient(tl.fma(negative(right), near_e, wrong)",
+                "slope = quotient(v * tl.fma(negative(right), near_e, wrong)",
+            ),
+            ("maths.py", "result += gamma * loss * q\n", "result += v * gamma * loss * q\n"),
+            (
+                "maths.py",
+                "return tl.where(above, result, negative(result)) * v * last",
+                "return tl.where(above, result, negative(result)) * last",
+            ),
+        ],
+        focal_gradient_of_bf16,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_IN_VALUES)
+def test_a_fault_of_arithmetic_shows_in_values(fault, ptx, tmp_path):
+    changes, is_right = FAULTS_IN_VALUES[fault]
+    ptx.model = MODELS["isa-low"]
+    changed = changed_kernels(tmp_path, *changes)
+    ptx.observe(changed.launch.Launcher)
+    assert is_right(ops.kernels)
+    assert not is_right(changed)

@@ -178,14 +178,15 @@ def sigmoid(input: Tensor, *, save: str = "output", out: Tensor | None = None) -
         input: a tensor of any shape, layout and dtype that torch.sigmoid takes. Float tensors keep their dtype, integers and
             bool give the default dtype. fp64, fp32, fp16 and bf16 have kernels; the rest is torch's own.
         save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x: the
-            gradient is within 1 ulp of the true derivative in 16 bit (4 ulp in fp32), and x stays alive until backward.
+            gradient is within 1 ulp of the true derivative in 16 bit, 4 ulp in fp32 (which follows from an expf of 1 ulp:
+            tests/bounds.py), and x stays alive until backward.
             Integer, complex, sparse and nested tensors have torch's own gradient under both.
         out: a tensor for the result, on its device; not differentiable, as in torch. The result is cast to its dtype, which
             may be narrower or wider, but not an integer one, nor a real one for a complex input.
 
     Returns:
-        A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: the fp32 kernel
-        compiles to ATen's arithmetic, and no GPU has measured it yet.
+        A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: executed without
+        one, the compiled kernel gives the bits of ATen's formula (tests/test_n1.py); no GPU has measured it yet.
 
     Raises:
         TypeError: `input` or `out` is not a tensor.
@@ -257,7 +258,7 @@ def logsigmoid(input: Tensor) -> Tensor:
     r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
     Neither cancels or overflows: for x → ∞ the value is -e^-x, for x → -∞ it is x. In 16 bit both are within 1 ulp of the true
-    ones, in fp32 within 4.
+    ones; in fp32 the value is within 5 and the gradient within 4, as tests/bounds.py derives from an expf of 1 ulp.
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
@@ -274,7 +275,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
     silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost. In 16 bit the value is within 1 ulp
-    of the true one, and so is the gradient, but within a rounding of 1 around its zero at x = -1.278.
+    of the true one, and so is the gradient, but within a rounding of 1 around its zero at x = -1.278. In fp32 both are within 5
+    ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp.
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
@@ -325,7 +327,7 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
 
     Gradients: grad·σ(gate) and, summed up over what was broadcast, grad·input·e/(1+e)² with e = e^-|gate|. A gate such as
     (N, C, 1, 1) of (N, C, H, W) or (B, T, H, 1) of (B, T, H, D) is read once a row; its gradient is summed up in fp32 (fp64 for
-    fp64) where it is computed, in an order that depends on the shapes only.
+    fp64) where it is computed, in an order that depends on shapes, strides and dtypes only.
 
     Args:
         input: a tensor of any shape and float dtype.
@@ -451,7 +453,7 @@ def binary_cross_entropy_with_logits(
     Neither term cancels or overflows, and each gradient, weight·((1-t)·σ(x) - pos_weight·t·σ(-x)), is exact in both tails: in
     bf16 the gradient of torch.nn.functional.binary_cross_entropy_with_logits at t = 1 is 0 from x = 6.25 on. Forward,
     backward and double backward are one pass over the tensors each, the reduction included; sums are taken in fp32 (fp64 for
-    fp64), in an order that depends on shapes and strides only.
+    fp64), in an order that depends on shapes, strides and dtypes only.
 
     Args:
         input: logits x, of any shape and float dtype.

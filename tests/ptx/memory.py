@@ -46,7 +46,8 @@ class Operand:
     def __post_init__(self):
         tensor = self.tensor
         self.item = tensor.element_size()
-        self.start = tensor.data_ptr()
+        # Where it can be asked for without copying a tensor that is copied when it is written.
+        self.start = tensor.data_ptr() if self.is_output else getattr(tensor, "const_data_ptr", tensor.data_ptr)()
         # Dimensions of stride 0 or size 1 say nothing about where elements lie.
         steps = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride)
         self.steps = steps[::-1]
