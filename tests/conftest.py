@@ -6,6 +6,7 @@ run must launch one, unless it is marked `launches_nothing`, and so must a whole
 show nothing.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -31,9 +32,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "launches_nothing(reason): has a device, but runs no kernel on it")
-    config.addinivalue_line("markers", "not_interpreted(reason): the interpreter has nothing to add to the other ways")
-    config.kernels = Kernels(config.getoption("kernels"))
-    if config.kernels.way == "ptx":
+    config.addinivalue_line("markers", "ways(*names): where it runs besides `device`; without it, everywhere")
+    way = config.getoption("kernels")
+    if os.environ.get("TRITON_INTERPRET") == "1" and way != "interpreter":
+        raise pytest.UsageError(f"TRITON_INTERPRET=1 contradicts --kernels={way}: unset it")
+    if way != "device" and importlib.util.find_spec("triton") is None:
+        raise pytest.UsageError(f"--kernels={way} needs Triton")
+    config.kernels = Kernels(way)
+    if way == "ptx":
         from ptx import MODELS, device
 
         config.kernels.ptx = device.activate(config.getoption("ptx_arch"))
@@ -64,6 +70,10 @@ class Kernels:
 
             Launcher.__call__ = counted
 
+    def shows_nothing(self, config):
+        """Whether a run that names a way to execute kernels has executed none."""
+        return self.way != "device" and self.n_launches == 0 and not config.option.collectonly
+
     def models(self):
         """Each model of the approximate instructions in turn, in force; None alone on a machine that has its own."""
         if self.ptx is None:
@@ -82,8 +92,9 @@ class Kernels:
 def pytest_report_header(config):
     import torch_sigmoid
 
-    paths = {device: torch_sigmoid.path(torch.empty(1, device=device)) for device in DEVICES}
     kernels = config.kernels
+    devices = ["cpu"] if kernels.ptx else DEVICES
+    paths = {device: torch_sigmoid.path(torch.empty(1, device=device)) for device in devices}
     detail = f", sm_{kernels.ptx.arch}, approximate instructions {kernels.ptx.model}" if kernels.ptx else ""
     return [
         f"kernels: {kernels.way}{detail}",
@@ -92,18 +103,23 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What no kernel takes part in is the same in every way, and runs once: with the kernels left to the device.
+    """Each test runs in the ways in which it shows something.
 
-    Models of approximate instructions are for the machine that has them.
+    What no kernel takes part in runs once, with the kernels left to the device. The interpreter is for the choice of path, and
+    for layouts; executed machine code is for numbers, and for layouts too. Models of approximate instructions are for the
+    machine that has them.
     """
     way = config.kernels.way
 
     def has_its_place(item):
         if way != "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("model", "exact") != "exact":
             return False
-        if way == "interpreter" and item.get_closest_marker("not_interpreted"):
-            return False
-        return way == "device" or "device" in item.fixturenames or "kernels" in item.fixturenames
+        if way == "device":
+            return True
+        if way == "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda":
+            return False  # it executes what lies in the host's memory
+        chosen = item.get_closest_marker("ways")
+        return (chosen is None or way in chosen.args) and ("device" in item.fixturenames or "kernels" in item.fixturenames)
 
     kept, elsewhere = [], []
     for item in items:
@@ -130,7 +146,7 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput["n_launches"] = config.kernels.n_launches
-    elif config.kernels.way != "device" and exitstatus == pytest.ExitCode.OK and config.kernels.n_launches == 0:
+    elif config.kernels.shows_nothing(config) and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -142,6 +158,8 @@ def pytest_testnodedown(node, error):
 
 def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"kernels: {config.kernels.way}, {config.kernels.n_launches} launches")
+    if config.kernels.shows_nothing(config):
+        terminalreporter.write_line("no kernel was launched, so this run shows nothing: it fails", red=True)
 
 
 @pytest.fixture(params=DEVICES)

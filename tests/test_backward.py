@@ -25,7 +25,7 @@ from reference import (
 import torch_sigmoid
 from torch_sigmoid import ops
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 
 
 def from_input(x):

@@ -21,6 +21,8 @@ import torch_sigmoid
 from torch_sigmoid import statistics
 from torch_sigmoid.diagnostics import SIGMOID_LIKE, GradientWatch
 
+pytestmark = pytest.mark.ways("interpreter")
+
 
 def layers():
     return {
@@ -85,6 +87,7 @@ SHAPES = {"matrix": (37, 54), "vector": (1030,), "sequence": (3, 7, 18), "images
 @pytest.mark.parametrize("name", layers())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.ways("ptx")
 def test_statistics_are_those_of_float64(name, dtype, shape, device):
     layer = layers()[name]
     x, grad_output = random(shape, dtype, device, scale=4.0), random(shape, dtype, device, seed=1, scale=1e-4)
@@ -103,6 +106,7 @@ def test_statistics_are_those_of_float64(name, dtype, shape, device):
 
 @pytest.mark.parametrize("name", layers())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.ways("ptx")
 def test_lost_is_what_autograd_loses(name, dtype, device):
     """Compared with the gradient that comes out of the layer itself, for every 16-bit input and a sample of the others."""
     if name == "ours" and allowance(dtype, device):
@@ -137,6 +141,7 @@ def test_bf16_at_8_is_lost_by_torch_and_kept_from_the_input(dtype, device):
 
 @pytest.mark.parametrize("threshold", [1e-6, 0.01, 0.2, 0.25, 0.3, 1.05])
 @pytest.mark.parametrize("kind", statistics.KINDS)
+@pytest.mark.ways("ptx")
 def test_saturation_is_exact_at_every_threshold(kind, threshold):
     x = all_patterns(torch.float16)
     x = x[~x.isnan()]
@@ -149,6 +154,7 @@ def test_saturation_is_exact_at_every_threshold(kind, threshold):
 
 
 @pytest.mark.parametrize("kind", statistics.KINDS)
+@pytest.mark.ways("ptx")
 def test_derivatives_of_infinite_inputs_are_finite_and_nan_is_neither_saturated_nor_a_minimum(kind, device):
     x = torch.tensor([-math.inf, math.inf], device=device)
     for extra in ([], [math.nan]):
@@ -163,6 +169,7 @@ def test_derivatives_of_infinite_inputs_are_finite_and_nan_is_neither_saturated_
 
 
 @pytest.mark.parametrize("norm", [1e-30, 1e30])
+@pytest.mark.ways("ptx")
 def test_norms_neither_vanish_nor_overflow(norm, device):
     x = random((5, 7), torch.float32, device)
     grad = torch.full_like(x, norm)
@@ -183,6 +190,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.ways("interpreter", "ptx")
 def test_layouts_are_read_as_they_are(layout, device):
     x = LAYOUTS[layout](random((37, 54), torch.float32, device, scale=4.0))
     grad = LAYOUTS[layout](random((37, 54), torch.float32, device, seed=1))
@@ -199,6 +207,7 @@ def test_layouts_are_read_as_they_are(layout, device):
     assert (numbers["dead_units"], numbers["units"]) == (by_unit.all(1).sum().item(), len(by_unit))
 
 
+@pytest.mark.ways("ptx")
 def test_the_same_tensor_gives_the_same_bits(device):
     layer, x = nn.Sigmoid(), random((300, 700), torch.float32, device, scale=4.0)
     found = []
@@ -517,6 +526,7 @@ def test_in_place_modules_are_read_before_they_write(kind, device):
     assert seen(watch)["leaving"] == pytest.approx(gradient.double().norm().item(), rel=1e-6)
 
 
+@pytest.mark.ways("interpreter", "ptx")
 def test_units_are_dead_after_k_calls_and_revive(device):
     layer = nn.Sigmoid()
     x = torch.zeros(4, 3, device=device)
@@ -610,6 +620,7 @@ def test_a_default_device_changes_nothing(device):
     assert seen(watch)["lost_to_rounding"] == 1
 
 
+@pytest.mark.ways("ptx")
 def test_the_tail_of_silu_in_fp32(device):
     layer, x = nn.SiLU(), torch.full((3,), -90.0, device=device)
     with watching(layer) as watch:

@@ -8,7 +8,7 @@ from reference import random
 import torch_sigmoid
 from torch_sigmoid import Sigmoid, intercept, replace, restore, sigmoid, sigmoid_
 
-pytestmark = pytest.mark.launches_nothing("errors come before anything is computed")
+pytestmark = [pytest.mark.ways("interpreter"), pytest.mark.launches_nothing("errors come before anything is computed")]
 
 
 @pytest.mark.parametrize("value", [1.0, [1.0], None, "x", np.ones(2)], ids=lambda value: type(value).__name__)

@@ -12,6 +12,8 @@ from torch_sigmoid import ops
 from torch_sigmoid.gates import Unary
 from torch_sigmoid.losses import Loss
 
+pytestmark = pytest.mark.ways("ptx")
+
 mpmath = pytest.importorskip("mpmath")
 UPSTREAM = [3e38, 1e30, 1.0, 1e-30, 1.2e-38]
 DISTANCES = [1e-41, 1e-38, 1e-30, 1e-5, 0.3, 1.2784645, 2.0, 5.5, 17.0, 30.0, 58.25, 66.0, 75.0, 80.5, 82.0, 87.0, 89.0]

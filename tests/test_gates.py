@@ -15,7 +15,7 @@ from benchmarks import counts
 from benchmarks.operators import operators
 from torch_sigmoid import ops
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 INTERPRETED = ops.kernels.INTERPRETED
 BENCHMARKED = operators()
 
@@ -180,6 +180,7 @@ def test_exactly_at_the_limit_gradients_pass_as_through_torchs_clamp(dtype, devi
 
 @every_case
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.ways("interpreter", "ptx")
 def test_values_and_gradients_against_float64(case, dtype, device):
     ours, theirs, _ = CASES[case]
     tensors = operands(case, dtype, device)
@@ -274,6 +275,7 @@ def test_batched_upstream_gradients_can_be_differentiated(case, device):
 
 @every_case
 @pytest.mark.launches_nothing("a compiler sees torch operators")
+@pytest.mark.ways("interpreter")
 def test_torch_compile_sees_the_whole_graph(case, device):
     ours, theirs, _ = CASES[case]
     torch._dynamo.reset()
@@ -285,6 +287,7 @@ def test_torch_compile_sees_the_whole_graph(case, device):
 
 @pytest.mark.parametrize("function", [ts.silu, ts.logsigmoid])
 @pytest.mark.launches_nothing("a compiler sees torch operators")
+@pytest.mark.ways("interpreter")
 def test_under_torch_compile_no_gradient_is_lost(function, device):
     torch._dynamo.reset()
     x = torch.linspace(-91, 87, 1001, dtype=torch.float32).to(torch.bfloat16)
@@ -298,6 +301,7 @@ def test_under_torch_compile_no_gradient_is_lost(function, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.launches_nothing("empty tensors among the cases")
+@pytest.mark.ways("interpreter", "ptx")
 def test_every_layout(layout, dtype, device):
     make = LAYOUTS[layout]
     x, gate = make(dtype, device), make(dtype, device, seed=1)
@@ -322,6 +326,7 @@ def test_every_layout(layout, dtype, device):
 @pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.ways("interpreter", "ptx")
 def test_halves_along_any_dimension(dim, memory_format, dtype, device):
     packed = random((4, 6, 8, 34), dtype, device).to(memory_format=memory_format)
     shape = packed.chunk(2, dim)[0].shape
@@ -440,6 +445,7 @@ def test_operands_of_other_memory_formats_than_each_other(device):
         torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ways("interpreter")
 def test_a_traced_graph_holds_for_other_inputs(device):
     inf = torch.full((1, 4), -float("inf"), device=device)
     with torch.no_grad():
@@ -451,6 +457,7 @@ def test_a_traced_graph_holds_for_other_inputs(device):
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 @pytest.mark.launches_nothing("a compiler sees torch operators")
+@pytest.mark.ways("interpreter")
 def test_compile_with_a_size_that_depends_on_data(device):
     torch._dynamo.reset()
     x = random((20,), torch.float32, device)
@@ -465,6 +472,7 @@ def test_compile_with_a_size_that_depends_on_data(device):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.launches_nothing("a compiler sees torch operators")
+@pytest.mark.ways("interpreter")
 def test_the_gradient_at_infinity(compiled, device):
     torch._dynamo.reset()
     x = torch.tensor([float("inf"), -float("inf"), 2.0], device=device)
@@ -523,6 +531,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.launches_nothing("a mode that records operators sees torch's")
+@pytest.mark.ways("interpreter")
 def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
     def copies(x):
         with Operators() as operators:
@@ -540,6 +549,7 @@ def test_silu_in_place_copies_its_input_for_a_gradient_only(device):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=["one dtype", "two"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.launches_nothing("nested tensors are torch's own")
+@pytest.mark.ways("interpreter")
 def test_swiglu_of_nested_tensors_is_torchs(layout, dtypes, device):
     parts = [[random((n, 4), dtype, device, seed=n + i) for n in (2, 3)] for i, dtype in enumerate(dtypes)]
     gate, up = (torch.nested.nested_tensor(part, layout=layout, requires_grad=True) for part in parts)
@@ -556,6 +566,7 @@ def test_swiglu_of_nested_tensors_is_torchs(layout, dtypes, device):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.launches_nothing("nested tensors are torch's own")
+@pytest.mark.ways("interpreter")
 def test_swiglu_of_a_nested_and_a_dense_tensor_is_torchs(device):
     nested = torch.nested.nested_tensor([random((n, 4), torch.float32, device, seed=n) for n in (2, 3)], layout=torch.jagged)
     dense = random((4,), torch.float32, device)
@@ -580,6 +591,7 @@ def test_an_inference_tensor_beside_one_that_requires_grad(case, trained, device
 
 @pytest.mark.parametrize("case", ["logsigmoid", "silu", "sigmoid_gate", "swiglu", "swiglu-clamped"])
 @pytest.mark.launches_nothing("nested forward mode sees torch operators")
+@pytest.mark.ways("interpreter")
 def test_nested_forward_mode_keeps_the_dtype_of_tensors_without_dimensions(case, device):
     ours, theirs, shapes = CASES[case]
     tensors = tuple(random((), torch.float32, device, seed=i) for i in range(len(shapes)))
@@ -592,6 +604,7 @@ def test_nested_forward_mode_keeps_the_dtype_of_tensors_without_dimensions(case,
     torch.testing.assert_close(of(ours, *tensors), tuple(each.float() for each in expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ways("interpreter")
 def test_mixed_dtypes_promote(device):
     x, gate = random((4, 5), torch.bfloat16, device), random((4, 1), torch.float32, device)
     value, to_x, to_gate = value_and_gradients(ts.sigmoid_gate, [x, gate])
@@ -615,6 +628,7 @@ def test_autocast_leaves_the_dtype_alone(device):
 
 
 @every_case
+@pytest.mark.ways("interpreter")
 def test_checkpointing(case, device):
     from torch.utils.checkpoint import checkpoint
 
@@ -676,6 +690,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.ways("interpreter")
 def test_modules_replace_torchs_and_are_taken_back(name, device):
     theirs, _ = MODULES[name]
     x = random((4, 6), torch.float64, device)
@@ -694,6 +709,7 @@ def test_modules_replace_torchs_and_are_taken_back(name, device):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.ways("interpreter")
 def test_intercept_takes_functions_and_modules(name, device):
     module, function = MODULES[name]
     inf = torch.full((4, 6), -float("inf"), dtype=torch.float64, device=device)

@@ -28,7 +28,7 @@ import torch_sigmoid as ts
 from benchmarks.operators import focal_loss as plain_focal
 from torch_sigmoid import losses
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -157,6 +157,7 @@ def test_infinite_and_nan_logits(dtype, gamma, device):
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_an_infinite_weight_in_torch_operators(far, target, name, device):
     """∞·ℓ, as torch has it where torch has a number; `far` logits take another formula on a CPU."""
     inf = math.inf
@@ -287,6 +288,7 @@ def test_the_third_derivative_also_where_a_direction_is_zero(loss, reduction, de
 @every_loss
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_function_transforms(loss, device):
     x, t = examples(torch.float64, device)
 
@@ -307,6 +309,7 @@ def test_function_transforms(loss, device):
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize("gamma", [0.0, 1.5])
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_gradients_of_targets_and_weights(gamma, soft, reduction, device):
     x, t = examples(torch.float64, device, soft=soft)
 
@@ -360,6 +363,7 @@ def test_integer_and_bool_targets(loss, dtype, kind, device):
         assert ((value.double() - expected.double()).abs() <= tolerance[reduction]).all()
 
 
+@pytest.mark.ways("interpreter")
 def test_dtypes_promote_and_autocast_gives_fp32(device):
     x, t = examples(torch.bfloat16, device)
     for function in (ts.binary_cross_entropy_with_logits, ts.sigmoid_focal_loss):
@@ -385,6 +389,7 @@ def test_dtypes_promote_and_autocast_gives_fp32(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.ways("interpreter", "ptx")
 def test_every_layout(layout, dtype, device):
     x, t = LAYOUTS[layout](dtype, device), LAYOUTS[layout](dtype, device, seed=1).abs().fmod(1)
     others = [t, t.contiguous(), t.mT.contiguous().mT if t.dim() > 1 else t]
@@ -439,6 +444,7 @@ def test_weights_that_broadcast(name, last, device):
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("target_dtype", [torch.int64, torch.float32, torch.bfloat16], ids=str)
 @every_reduction
+@pytest.mark.ways("interpreter", "ptx")
 def test_ignored_elements(reduction, target_dtype, gamma, device):
     x, t = examples(torch.float32, device, (70, 90), soft=False)
     ignored = random((70, 90), torch.float32, device, seed=4) > 2
@@ -519,6 +525,7 @@ def test_sums_are_the_same_in_every_run_and_close_to_float64(n, device):
 
 @pytest.mark.parametrize("shape", [(40, 65), (3, 800), (2405,)], ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.ways("interpreter")
 def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, shape, device, monkeypatch):
     """Which takes millions of elements else."""
     if not interpreted(device):
@@ -564,6 +571,7 @@ def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, 
 @every_reduction
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_torch_compile_sees_the_whole_graph(loss, reduction, backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, t: loss(x, t, reduction, False), fullgraph=True, backend=backend)
@@ -579,6 +587,7 @@ def test_torch_compile_sees_the_whole_graph(loss, reduction, backend, device):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("loss", [bce, focal], ids=lambda function: function.__name__)
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_under_inductor_no_gradient_is_lost(loss, device):
     torch._dynamo.reset()
     x = torch.linspace(-40, 40, 801).to(torch.bfloat16).to(device)
@@ -592,6 +601,7 @@ def test_under_inductor_no_gradient_is_lost(loss, device):
 
 
 @pytest.mark.launches_nothing("the formulas in torch operators")
+@pytest.mark.ways("interpreter")
 def test_export_and_make_fx(device):
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -650,6 +660,7 @@ def test_what_is_given_is_saved_and_a_count_and_nothing_is_overwritten(gamma, re
 
 
 @every_loss
+@pytest.mark.ways("interpreter")
 def test_checkpointing(loss, device):
     from torch.utils.checkpoint import checkpoint
 
@@ -661,6 +672,8 @@ def test_checkpointing(loss, device):
         assert torch.equal(plain, again.grad)
 
 
+@pytest.mark.ways("interpreter")
+@pytest.mark.launches_nothing("the formulas in torch operators")
 def test_gradients_of_targets_and_weights_far_out(device):
     x = torch.tensor([2000.0, 5000.0], device=device)
     t, weight = (torch.tensor(values, device=device, requires_grad=True) for values in ([1.0, 0.0], [1.0, 0.0]))
@@ -773,6 +786,7 @@ def test_bad_input(bad):
         call()
 
 
+@pytest.mark.ways("interpreter")
 def test_numbers_of_numpy(device):
     x, t = examples(torch.float32, device)
     numbers = np.float32(0.5), np.float64(2.0)
@@ -835,6 +849,7 @@ def test_debug_ends_with_its_context_and_stays_in_its_thread_and_task(device):
     assert asyncio.run(both()) == ([True], [False] * 3)
 
 
+@pytest.mark.ways("interpreter")
 def test_the_deprecated_arguments_of_torch(device):
     x, t = examples(torch.float32, device)
     for arguments in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
@@ -844,6 +859,7 @@ def test_the_deprecated_arguments_of_torch(device):
             torch.testing.assert_close(actual, F.binary_cross_entropy_with_logits(x, t, **arguments))
 
 
+@pytest.mark.ways("interpreter")
 def test_modules(device):
     x, t = examples(torch.float32, device)
     weight = torch.full((7,), 2.0, device=device)
@@ -864,6 +880,7 @@ def test_modules(device):
     assert repr(smoothed) == "BCEWithLogitsLoss(label_smoothing=0.1, ignore_index=-1)"
 
 
+@pytest.mark.ways("interpreter")
 def test_replace_and_intercept(device):
     x, t = examples(torch.float64, device)
     model = torch.nn.ModuleDict({"loss": torch.nn.BCEWithLogitsLoss(pos_weight=torch.full((7,), 2.0, device=device))})
@@ -887,6 +904,7 @@ def test_replace_and_intercept(device):
 
 
 @pytest.mark.launches_nothing("subclasses see torch operators")
+@pytest.mark.ways("interpreter")
 def test_subclasses_and_meta_tensors(device):
     class Tagged(torch.Tensor):
         pass

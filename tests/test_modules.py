@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import torch_sigmoid
 from torch_sigmoid import Sigmoid, intercept, replace, restore
 
+pytestmark = pytest.mark.ways("interpreter")
+
 
 def test_the_layer_is_the_function(device, save):
     x = random((3, 5), torch.bfloat16, device)
@@ -178,6 +180,7 @@ def test_intercept_does_not_mix_up_what_a_checkpoint_recomputes(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BIT], ids=str)
+@pytest.mark.launches_nothing("torch's operator writes in place")
 def test_in_place(dtype, device):
     x, grad = random((200,), dtype, device), random((200,), dtype, device, seed=1)
     base = (x.detach().requires_grad_() * 1).detach().requires_grad_()
@@ -198,6 +201,7 @@ def test_in_place(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.launches_nothing("torch's operator writes in place")
 def test_in_place_on_a_view(dtype, device):
     x = random((6, 4), dtype, device)
 
@@ -213,6 +217,7 @@ def test_in_place_on_a_view(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.launches_nothing("torch's operator writes in place")
 def test_in_place_in_higher_orders_and_transforms(dtype, device):
     x = random((5,), dtype, device, scale=1.0)
 
@@ -233,6 +238,7 @@ def test_in_place_in_higher_orders_and_transforms(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.launches_nothing("torch's operator writes in place")
 def test_in_place_inside_a_transform_of_something_else(dtype, device):
     """A tensor that the transform does not see, and one that carries a tangent and requires grad."""
     x = random((2, 3), dtype, device).requires_grad_()
@@ -251,6 +257,7 @@ def test_in_place_inside_a_transform_of_something_else(dtype, device):
         torch.testing.assert_close(case(torch_sigmoid.sigmoid_), case(torch.sigmoid_), rtol=5e-3, atol=1e-3)
 
 
+@pytest.mark.launches_nothing("torch's operator writes in place")
 def test_in_place_change_after_in_place_is_detected(device):
     x = random((4,), torch.bfloat16, device).requires_grad_()
     y = torch_sigmoid.sigmoid_(x * 1)

@@ -21,12 +21,12 @@ pytest.importorskip("triton")
 import ptx
 from ptx.memory import Operand
 
-from torch_sigmoid import ops
+from torch_sigmoid import kernels
 
 NAMES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 THREADS = 128
-# Below, fp32 inputs are subnormal; from here on among them the two may differ.
+# Subnormal inputs from this magnitude up may differ (see the module's docstring).
 SUBNORMAL_FROM = 8.1e-39
 N_RANDOM = 10_000_000
 
@@ -66,13 +66,13 @@ def different(ours, theirs):
 
 
 @pytest.fixture(autouse=True)
-def only_where_ptx_is_executed(kernels):
-    if kernels.ptx is None:
+def only_where_ptx_is_executed(request):
+    if request.config.kernels.ptx is None:
         pytest.skip("needs --kernels=ptx")
 
 
 def assert_equal(x, model):
-    differ = different(ops.sigmoid_forward(x), run_aten("sigmoid", model, x))
+    differ = different(kernels.sigmoid_forward(x), run_aten("sigmoid", model, x))
     if x.dtype is torch.float32:
         magnitude = x.abs()
         differ &= ~((magnitude >= SUBNORMAL_FROM) & (magnitude < torch.finfo(x.dtype).smallest_normal))
@@ -92,7 +92,7 @@ def test_subnormal_fp32_inputs_too_if_ex2_of_nearly_nothing_is_1(model):
     if model is not ptx.EXACT:
         pytest.skip("promised under the exact model only")
     x = structured_sample(torch.float32)
-    assert not different(ops.sigmoid_forward(x), run_aten("sigmoid", model, x)).any()
+    assert not different(kernels.sigmoid_forward(x), run_aten("sigmoid", model, x)).any()
 
 
 def test_ten_million_fp32_inputs(model):
@@ -120,7 +120,8 @@ def test_the_gradient_from_the_output(dtype, model):
     sigma = torch.sigmoid(structured_sample(dtype))
     sizes = torch.exp2(torch.randint(-40, 40, sigma.shape, generator=generator).double())
     grad = (torch.randn(sigma.shape, generator=generator, dtype=torch.float64) * sizes).to(dtype)
-    assert not different(ops.sigmoid_backward(grad, sigma, "output"), run_aten("sigmoid_backward", model, grad, sigma)).any()
+    ours = kernels.sigmoid_backward(grad, sigma, from_input=False)
+    assert not different(ours, run_aten("sigmoid_backward", model, grad, sigma)).any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -11,6 +11,8 @@ pytest.importorskip("scipy", reason="torch.testing._internal needs it")
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
+pytestmark = pytest.mark.ways("interpreter")
+
 SIGMOID = next(info for info in op_db if info.name == "sigmoid")
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.Sigmoid)
 # The fp32 and fp64 exponentials of a CPU, of Triton's interpreter and of a GPU differ in the last digits. bf16 truncates

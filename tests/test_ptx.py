@@ -15,8 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from ptx import MODELS, PtxError, arithmetic, parse
+from ptx import MODELS, PtxError, arithmetic, launch, parse
 from ptx.instructions import check
+from ptx.memory import NOBODY, Clock, Operand
 
 import torch_sigmoid as ts
 from torch_sigmoid import ops
@@ -106,11 +107,158 @@ def test_a_model_is_as_wrong_as_it_may_be_and_no_more(operation, name):
     elif model.one_ulp or operation in arithmetic.ULPS:
         allowed = 1.0 if model.one_ulp else arithmetic.ULPS[operation]
         assert (wrong <= (allowed + 0.5) * ulp).all(), "counted from the correctly rounded result"
-        assert (wrong > (allowed - 0.6) * ulp).any()
+        assert (wrong > (allowed + 0.3) * ulp).any()
     else:
         allowed = arithmetic.RELATIVE[operation] * (np.maximum(exact, 1.0) if operation == "lg2" else exact)
         assert (wrong <= np.maximum(allowed, ulp / 2) * (1 + 1e-9)).all()
-        assert (wrong > allowed / 4).any()
+        assert (wrong > 0.6 * allowed).any()
+
+
+# --- what each instruction does -------------------------------------------------------------------------------------------
+
+ONE_WARP = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 4 kernel_param_0,
+	.param .u64 .ptr .global .align 4 kernel_param_1
+)
+{{
+	.reg .pred 	%p<9>;
+	.reg .b16 	%rs<9>;
+	.reg .b32 	%r<9>;
+	.reg .b64 	%rd<9>;
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.param.b64 	%rd2, [kernel_param_1];
+	mov.u32 	%r1, %tid.x;
+	mul.wide.u32 	%rd3, %r1, 8;
+	add.s64 	%rd4, %rd1, %rd3;
+	mul.wide.u32 	%rd5, %r1, 4;
+	add.s64 	%rd6, %rd2, %rd5;
+	ld.global.v2.b32 	{{ %r2, %r3 }}, [ %rd4 + 0 ];
+	{statement}
+	st.global.b32 	[ %rd6 + 0 ], %r4;
+	ret;
+}}
+"""
+INF, NAN, LANES = 0x7F800000, 0x7FC00000, list(range(32))
+
+
+def bits_of(number):
+    return int(np.float32(number).view(np.uint32))
+
+
+def on_floats(statement, *cases):
+    return [(statement, [bits_of(a)], [bits_of(b)], [bits_of(expected)]) for a, b, expected in cases]
+
+
+# A statement that makes %r4 of %r2 and %r3, the bits of these in each lane, and of the result.
+INSTRUCTIONS = [
+    ("shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1;", LANES, [0], [lane ^ 1 for lane in LANES]),
+    ("shfl.sync.idx.b32 %r4, %r2, 5, 31, -1;", LANES, [0], [5] * 32),
+    ("shfl.sync.down.b32 %r4, %r2, 4, 31, -1;", LANES, [0], [min(lane + 4, lane if lane > 27 else 31) for lane in LANES]),
+    ("shfl.sync.up.b32 %r4, %r2, 4, 0, -1;", LANES, [0], [lane - 4 if lane > 3 else lane for lane in LANES]),
+    ("shfl.sync.bfly.b32 %r4, %r2, 2, 0x1c1f, -1;", LANES, [0], [lane ^ 2 for lane in LANES]),  # within four lanes
+    ("redux.sync.add.s32 %r4, %r2, -1;", LANES, [0], [sum(LANES)] * 32),
+    *on_floats("min.f32 %r4, %r2, %r3;", (0.0, -0.0, -0.0), (-0.0, 0.0, -0.0), (np.nan, 1.0, 1.0), (-np.inf, 1.0, -np.inf)),
+    *on_floats("max.f32 %r4, %r2, %r3;", (0.0, -0.0, 0.0), (-0.0, -0.0, -0.0), (1.0, np.nan, 1.0)),
+    ("min.NaN.f32 %r4, %r2, %r3;", [NAN], [bits_of(1)], [NAN]),
+    *on_floats("add.f32 %r4, %r2, %r3;", (-0.0, -0.0, -0.0), (1.0, 2.0**-24, 1.0), (3e38, 3e38, np.inf)),
+    *on_floats("add.ftz.f32 %r4, %r2, %r3;", (1e-40, 1e-40, 0.0), (-1e-40, -0.0, -0.0), (2e-38, -1.5e-38, 0.0)),
+    *on_floats("mul.f32 %r4, %r2, %r3;", (1e-20, 1e-20, 1e-40), (-0.0, 2.0, -0.0)),
+    *on_floats("fma.rm.f32 %r4, %r2, %r3, 0fBF800000;", (1.0, 1.0, -0.0), (1.0, 2.0, 1.0)),
+    *on_floats("fma.rn.f32 %r4, %r2, %r3, 0fBF800000;", (1.0, 1.0, 0.0)),
+    *on_floats("cvt.sat.f32.f32 %r4, %r2;", (1.5, 0, 1.0), (-1.0, 0, 0.0), (np.nan, 0, 0.0)),
+    *on_floats("neg.f32 %r4, %r2;", (0.0, 0, -0.0), (1.0, 0, -1.0)),
+    ("setp.lt.f32 %p1, %r2, %r3; selp.b32 %r4, 7, 9, %p1;", [NAN], [bits_of(1)], [9]),
+    ("setp.ltu.f32 %p1, %r2, %r3; selp.b32 %r4, 7, 9, %p1;", [NAN], [bits_of(1)], [7]),
+    ("setp.ge.u32 %p1, %r2, %r3; selp.b32 %r4, 7, 9, %p1;", [0xFFFFFFFF], [1], [7]),
+    ("setp.ge.s32 %p1, %r2, %r3; selp.b32 %r4, 7, 9, %p1;", [0xFFFFFFFF], [1], [9]),
+    ("mov.b32 %r4, 5; setp.eq.s32 %p1, %r2, 3; @%p1 add.s32 %r4, %r4, %r3;", LANES, [8], [5 + 8 * (n == 3) for n in LANES]),
+    ("shl.b32 %r4, %r2, %r3;", [1], [32], [0]),
+    ("shr.u32 %r4, %r2, %r3;", [0x80000000], [31], [1]),
+    ("shr.s32 %r4, %r2, %r3;", [0x80000000], [40], [0xFFFFFFFF]),
+    ("prmt.b32 %r4, %r2, %r3, 0x3276;", [0x33221100], [0x77665544], [0x33227766]),
+    ("prmt.b32 %r4, %r2, %r3, 0x888B;", [0x80221181], [0], [0xFFFFFFFF]),
+    ("bfe.u32 %r4, %r2, 4, 8;", [0xABCD], [0], [0xBC]),
+    ("bfe.s32 %r4, %r2, 4, 8;", [0xABCD], [0], [0xFFFFFFBC]),
+    ("popc.b32 %r4, %r2;", [0xF0F], [0], [8]),
+    ("div.s32 %r4, %r2, %r3;", [0x80000000], [2], [0xC0000000]),
+    ("div.s32 %r4, %r2, %r3;", [(-7) % 2**32], [2], [(-3) % 2**32]),
+    ("rem.s32 %r4, %r2, %r3;", [0x80000000], [3], [(-2) % 2**32]),
+    ("mul.hi.s32 %r4, %r2, %r3;", [(-2) % 2**32], [1 << 31], [1]),
+    ("mad.lo.s32 %r4, %r2, %r3, 1;", [(-2) % 2**32], [3], [(-5) % 2**32]),
+    ("cvt.s8.s32 %r4, %r2;", [0x1FF], [0], [0xFFFFFFFF]),
+    ("cvt.u8.u32 %r4, %r2;", [0x1FF], [0], [0xFF]),
+    ("cvt.rni.s32.f32 %r4, %r2;", [bits_of(-2.5)], [0], [(-2) % 2**32]),
+    ("cvt.rzi.u32.f32 %r4, %r2;", [bits_of(-2.5)], [0], [0]),
+    ("cvt.rn.bf16x2.f32 %r4, %r2, %r3;", [bits_of(1.0)], [bits_of(-2.0)], [0x3F80C000]),
+    ("mov.b32 { %rs1, %rs2 }, %r2; mov.b32 %r4, { %rs2, %rs1 };", [0x11112222], [0], [0x22221111]),
+    ("ex2.approx.ftz.f32 %r4, %r2;", [bits_of(-127.0)], [0], [0]),
+    ("rcp.approx.ftz.f32 %r4, %r2;", [bits_of(-0.0)], [0], [bits_of(-np.inf)]),
+    ("div.approx.ftz.f32 %r4, %r2, %r3;", [bits_of(1e-39)], [bits_of(1)], [0]),
+    ("div.approx.f32 %r4, %r2, %r3;", [bits_of(1)], [bits_of(2.0**127)], [0]),
+]
+
+
+@pytest.mark.parametrize(("statement", "first", "second", "expected"), INSTRUCTIONS, ids=lambda value: str(value)[:60])
+def test_what_an_instruction_does(statement, first, second, expected):
+    pairs = np.stack([np.resize(np.array(each, dtype=np.uint32), 32) for each in (first, second)], axis=1)
+    given, result = torch.from_numpy(pairs.view(np.int32)), torch.zeros(32, dtype=torch.int32)
+    operands = [Operand("given", given, True, False), Operand("result", result, False, True)]
+    launch(parse(ONE_WARP.format(statement=statement)), 1, 32, [each.start for each in operands], operands)
+    assert result.numpy().view(np.uint32).tolist() == np.resize(np.array(expected, dtype=np.uint32), 32).tolist()
+
+
+# --- what threads may not do to each other -----------------------------------------------------------------------------------
+
+RACES = {
+    "another program's result is read": (
+        """
+        ld.global.v2.b32 { %r2, %r3 }, [ %rd4 + 0 ];
+        mov.u32 %r5, %ctaid.x; xor.b32 %r6, %r5, 1;
+        mad.wide.u32 %rd7, %r5, 128, %rd6; st.global.b32 [ %rd7 + 0 ], %r2;
+        mad.wide.u32 %rd8, %r6, 128, %rd6; ld.global.b32 %r4, [ %rd8 + 0 ];
+        """,
+        r"ld\.global.*thread 0 of program 0: reads what thread 0 of program 1 writes: result\[32\]",
+    ),
+    "half of each result is left out": (
+        "cvt.u16.u32 %rs1, %r1; mov.u32 %r5, %ctaid.x; mad.wide.u32 %rd7, %r5, 128, %rd6; st.global.b16 [ %rd7 + 0 ], %rs1;",
+        r"kernel: no thread of any program has written result\[0\]",
+    ),
+    "two programs write one place": (
+        "mov.u32 %r5, %ctaid.x; st.global.b32 [ %rd6 + 0 ], %r5; st.global.b32 [ %rd6 + 128 ], %r1;",
+        r"st\.global.*two threads write different values: result\[0\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_what_threads_may_not_do_to_each_other(race):
+    body, message = RACES[race]
+    head, _, tail = ONE_WARP.replace("{{", "{").replace("}}", "}").partition("	{statement}\n")
+    head = head.replace("	ld.global.v2.b32 	{ %r2, %r3 }, [ %rd4 + 0 ];\n", "")
+    text = head + body + tail.partition("\n")[2]
+    # A narrow operand, so that pieces of an element are told apart.
+    given, result, narrow = (
+        torch.zeros(n, dtype=dtype) for n, dtype in ((64, torch.int32), (64, torch.int32), (1, torch.int16))
+    )
+    operands = [
+        Operand("given", given, True, False),
+        Operand("result", result, False, True),
+        Operand("narrow", narrow, True, False),
+    ]
+    with pytest.raises(PtxError, match=f"(?s){message}"):
+        launch(parse(text), 2, 32, [each.start for each in operands[:2]], operands)
+
+
+def test_many_readers_of_one_place_are_all_remembered():
+    """Two programs read it, one of them twice: neither may write it then."""
+    clock = Clock(2, 2)
+    for readers in ([0, 2, 3], [3, 0, 2], [0, 1, 2], [2, 3, 0]):
+        stamps = np.full(1, NOBODY)
+        clock.note_readers(stamps, np.zeros(3, dtype=np.int64), np.array(readers))
+        for thread in range(4):
+            assert clock.by_another(stamps, np.array([thread])).all()
+            assert clock.concurrent(stamps, np.array([thread])).all()
 
 
 # --- what is not known stops ------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import torch_sigmoid as ts
 from benchmarks.operators import siglip_loss as plain
 from torch_sigmoid import siglip
 
+pytestmark = pytest.mark.ways("ptx")
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -74,6 +76,7 @@ def test_the_second_derivative_is_that_of_the_plain_formula_also_for_confident_p
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.ways("interpreter")
 def test_function_transforms(device):
     tensors = pairs(5, 3, torch.float64, device)
     numbers = (0, 1, 2, 3)
@@ -86,6 +89,7 @@ def test_function_transforms(device):
 
 
 @pytest.mark.launches_nothing("a compiler, or a mode that records operators, sees torch's")
+@pytest.mark.ways("interpreter")
 def test_torch_compile_sees_the_whole_graph(device):
     torch._dynamo.reset()
     tensors = pairs(6, 3, torch.float64, device)
@@ -114,6 +118,7 @@ def test_only_the_features_and_two_numbers_are_saved(device):
 
 
 @pytest.mark.launches_nothing("a compiler, or a mode that records operators, sees torch's")
+@pytest.mark.ways("interpreter")
 def test_the_matrix_of_all_pairs_is_never_there(device):
     """The largest tensor of forward and backward is a chunk of it, whatever operators run."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,6 +175,7 @@ def test_layouts_of_features(device):
 
 
 @pytest.mark.launches_nothing("nothing to compute")
+@pytest.mark.ways("interpreter")
 def test_an_empty_batch(device):
     empty = torch.zeros(0, 4, device=device, requires_grad=True)
     loss = ts.siglip_loss(empty, empty, 10.0, -10.0)
@@ -233,6 +239,7 @@ def test_only_what_is_needed_has_a_gradient(needed, device):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.ways("interpreter")
 def test_traced_and_pickled(device):
     tensors = pairs(6, 3, torch.float32, device)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_sigmoid
 
-pytestmark = pytest.mark.launches_nothing("most of these are torch's own")
+pytestmark = [pytest.mark.ways("interpreter"), pytest.mark.launches_nothing("most of these are torch's own")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)

@@ -15,6 +15,7 @@ import torch_sigmoid
 BACKENDS = ["eager", "aot_eager", "inductor"]
 # Deprecations inside torch and the compiler's own advice are not this package's.
 pytestmark = [
+    pytest.mark.ways("interpreter"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.launches_nothing("tracers see torch operators"),

@@ -44,14 +44,14 @@ class Model:
         return np.where(beyond, np.nextafter(result, rounded), result)
 
     def step(self, operation, *operand_bits):
-        """-1, 0 or 1: where the last digit of a result goes that is not of fp32."""
+        """The error of rcp.approx.f64, in units of the last bit of its upper word: -1, 0 or 1."""
         if self.part is None:
             return np.int64(0)
         return np.sign(np.trunc(self.part(operation, operand_bits) * 1.5)).astype(np.int64)
 
 
 def moved(value, ulps):
-    """fp32 numbers so many ulps away from zero; zero, infinity and NaN stay, and no number becomes one of them."""
+    """Move fp32 numbers `ulps` steps away from zero, never to 0 or infinity; zero, infinity and NaN stay."""
     bits = value.view(np.int32)
     magnitude = bits & 0x7FFFFFFF
     result = np.clip(magnitude + np.where(bits < 0, -ulps, ulps), 1, 0x7F7FFFFF)

@@ -19,10 +19,17 @@ from .machine import launch
 from .memory import Operand
 from .program import Program, parse
 
-# Of these parameters, given as outputs, a kernel reads the elements that it writes.
-READ_TOO = frozenset(("totals_ptr",))
-# Of these some elements may be left as they were: units in which nothing was alive, and sums that fewer programs leave.
-MAY_STAY_UNWRITTEN = frozenset(("alive_ptr", "sums_ptr", "scale_sums_ptr", "bias_sums_ptr"))
+# Outputs that a kernel also reads: it adds to what is there.
+READ_TOO = frozenset((("fold_kernel", "totals_ptr"),))
+# Outputs of which some elements may stay as they were: units in which nothing was alive, and sums that a smaller chunk leaves.
+MAY_STAY_UNWRITTEN = frozenset(
+    (
+        ("activation_kernel", "alive_ptr"),
+        ("pairs_forward_kernel", "sums_ptr"),
+        ("pairs_gradient_kernel", "scale_sums_ptr"),
+        ("pairs_gradient_kernel", "bias_sums_ptr"),
+    )
+)
 
 
 class _Utils:
@@ -120,14 +127,16 @@ class _Launch:
         program = device.program(text)
         given = [each for pair in zip(self.names, arguments, strict=True) for each in self._given(*pair)]
         values = [value for _, _, value in given]
-        # Scratch memory, which these kernels have none of.
-        values += [0] * (len(program.parameters) - len(values))
+        # Scratch memory, of which these kernels need none.
+        n_scratch = len(program.parameters) - len(values)
+        assert n_scratch in (0, 1, 2), f"{name} has {n_scratch} parameters more than arguments"
+        values += [0] * n_scratch
         report = launch(
             program,
             n_programs,
             self.threads,
             values,
-            self._operands([name for name, kind, _ in given if kind[0] == "*"]),
+            self._operands(name, [parameter for parameter, kind, _ in given if kind[0] == "*"]),
             shared=self.shared,
             model=device.model,
             only=None if device.only is None else device.only(n_programs),
@@ -146,12 +155,12 @@ class _Launch:
         elif kind != "constexpr":
             yield name, kind, value.data_ptr() if hasattr(value, "data_ptr") else value
 
-    def _operands(self, names):
+    def _operands(self, kernel, names):
         inputs, outputs = self.device.tensors[-1]
         tensors = [(tensor, True, False) for tensor in inputs] + [(tensor, False, True) for tensor in outputs]
         assert len(names) == len(tensors), f"{len(names)} pointers for {len(tensors)} tensors"
         return [
-            Operand(name, tensor, is_input or name in READ_TOO, is_output, name in MAY_STAY_UNWRITTEN)
+            Operand(name, tensor, is_input or (kernel, name) in READ_TOO, is_output, (kernel, name) in MAY_STAY_UNWRITTEN)
             for name, (tensor, is_input, is_output) in zip(names, tensors)
         ]
 
@@ -162,7 +171,7 @@ def activate(arch: int = 90) -> Device:
     Args:
         arch: the compute capability that Triton compiles for: 80, 90 or 100.
     """
-    assert "TRITON_INTERPRET" not in os.environ, "the interpreter does not compile"
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter does not compile"
     from torch_sigmoid import nn, ops
     from torch_sigmoid.kernels.launch import Launcher
 

@@ -144,6 +144,14 @@ def _selp(group, instruction, guard):
     group.write(destination, np.where(group.predicate(predicate), group.bits(yes, width), group.bits(no, width)), guard)
 
 
+def extended(group, register, value, kind):
+    """Bits of a signed type as wide as a register, with copies of their sign; others as they are."""
+    if kind[0] != "s":
+        return value
+    width = width_of(kind)
+    return value.view(SIGNED[width]).astype(SIGNED[group.launch.program.width_of_register(register)])
+
+
 def _chosen(group, guard):
     """The threads that an access is made by: which of the group's, or all."""
     return slice(None) if guard is None else np.flatnonzero(group.spread(guard))
@@ -157,7 +165,11 @@ def _ld(group, instruction, guard):
         name, offset = source
         if offset or name not in group.launch.values:
             raise Fault(f"unknown parameter {name}+{offset}", 0)
-        group.write(destination, group.launch.values[name].astype(UNSIGNED[width]), guard)
+        group.write(
+            destination,
+            extended(group, destination, group.launch.values[name].astype(UNSIGNED[width]), instruction.type),
+            guard,
+        )
         return
     destinations = destination if isinstance(destination, list) else [destination]
     chosen = _chosen(group, guard)
@@ -171,9 +183,7 @@ def _ld(group, instruction, guard):
     else:
         raise Fault("an address space that is not known", 0)
     for register, value in zip(destinations, loaded):
-        if instruction.type[0] == "s":
-            wide = group.launch.program.width_of_register(register)
-            value = value.view(SIGNED[width]).astype(SIGNED[wide])
+        value = extended(group, register, value, instruction.type)
         if guard is not None:
             whole = np.zeros(group.threads.shape, dtype=value.dtype)
             whole[chosen] = value
@@ -341,6 +351,8 @@ def _mul(instruction, a, b):
     if instruction.has("wide"):
         return _widened(a) * _widened(b)
     if instruction.has("hi"):
+        if a.itemsize == 8:
+            raise Fault("mul.hi of 64 bits is not known", 0)
         return ((_widened(a) * _widened(b)) >> _widened(a).dtype.type(8 * a.itemsize)).astype(a.dtype)
     return _arithmetic(instruction, np.multiply, a, b)
 
@@ -365,11 +377,14 @@ def _fma(instruction, a, b, c):
     return _arithmetic(instruction, fused, a, b, c)
 
 
-def _truncating_division(a, b):
-    if (b == 0).any():
-        raise Fault("an integer division by 0", 0)
-    a, b = np.broadcast_arrays(a, b)
-    return (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype) if a.dtype.kind == "i" else a // b
+def _divided(group, guard, a, b):
+    """Quotient and remainder of integers, rounded toward zero, for the threads that `guard` lets through."""
+    by_zero = group.spread(b == 0) if guard is None else group.spread(b == 0)[group.spread(guard)]
+    if by_zero.any():
+        raise Fault("an integer division by 0", np.argmax(by_zero))
+    b = np.where(b == 0, b.dtype.type(1), b)
+    remainder = np.fmod(a, b)
+    return (a - remainder) // b, remainder
 
 
 @rule("div", "u32 s32 u64 s64 f32 f64", "rn approx full ftz")
@@ -377,7 +392,7 @@ def _div(group, instruction, guard):
     destination, a, b = instruction.operands
     a, b = group.read(a, instruction.type), group.read(b, instruction.type)
     if instruction.type[0] != "f":
-        group.write(destination, _truncating_division(a, b), guard)
+        group.write(destination, _divided(group, guard, a, b)[0], guard)
     elif instruction.has("rn"):
         group.write(destination, _float_operation(instruction, np.divide, a, b), guard)
     else:
@@ -402,9 +417,10 @@ def _approximate_quotient(instruction, model):
     return divide
 
 
-@values("rem", "u32 s32 u64 s64")
-def _rem(instruction, a, b):
-    return a - _truncating_division(a, b) * b
+@rule("rem", "u32 s32 u64 s64")
+def _rem(group, instruction, guard):
+    destination, a, b = instruction.operands
+    group.write(destination, _divided(group, guard, *(group.read(each, instruction.type) for each in (a, b)))[1], guard)
 
 
 def approximate(name, function, modifiers="approx ftz", special=None):
@@ -427,7 +443,7 @@ def approximate(name, function, modifiers="approx ftz", special=None):
 
 
 def _exact_powers(x, result):
-    """2^x of an integer is exact, which libdevice's tanh of fp64 takes for granted."""
+    """An assumption, not the ISA's word: 2^x of an integer is exact, which libdevice's tanh of fp64 takes for granted."""
     return np.where(x == np.rint(x), np.exp2(x.astype(np.float64)).astype(np.float32), result)
 
 
@@ -628,13 +644,19 @@ def _cvt(group, instruction, guard):
     elif is_float(to):
         if to == "bf16" or modes:
             raise Fault("another conversion from integers than to the nearest is not known", 0)
+        if instruction.has("sat") or instruction.has("ftz"):
+            raise Fault("integers with .sat or .ftz are not known", 0)
         result = value.astype(FLOATS[width_of(to)])
     elif is_float(source):
-        result = _float_to_integer(value, to, modes)
+        if instruction.has("sat"):
+            raise Fault(".sat to integers is not known", 0)
+        value = flush(value) if instruction.has("ftz") else value
+        result = extended(group, destination, _float_to_integer(value, to, modes), to)
     elif instruction.modifiers:
         raise Fault("integers with a modifier are not known", 0)
     else:
-        result = value.astype((SIGNED if source[0] == "s" else UNSIGNED)[width_of(to)])
+        result = value.astype((SIGNED if source[0] == "s" else UNSIGNED)[width_of(to)]).view(UNSIGNED[width_of(to)])
+        result = extended(group, destination, result, to)
     group.write(destination, result, guard)
 
 
@@ -658,5 +680,7 @@ def _float_to_integer(value, to, modes):
     if width == 64 or len(modes) != 1:
         raise Fault(f"another conversion to {to} is not known", 0)
     low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if to[0] == "s" else (0, (1 << width) - 1)
+    if np.isnan(value).any() and value.dtype != np.float32:
+        raise Fault("a NaN of fp64 as an integer is not known", 0)
     whole = np.clip(np.where(np.isnan(value), 0.0, modes[0](value.astype(np.float64))), low, high).astype(np.int64)
     return (whole & ((1 << width) - 1)).astype(UNSIGNED[width])

@@ -19,10 +19,10 @@ from .memory import UNSIGNED, Clock, Fault, GlobalMemory, Report, SharedMemory
 from .program import PtxError
 
 WARP = 32
-# As many as numpy's arrays of fp64 over them fit a core's cache.
+# So many that an fp64 array with one value for each of them fits in a core's cache.
 THREADS_AT_ONCE = 1 << 14
-# What a register holds that a skipped instruction did not write: a NaN that is easy to recognise.
-POISON = 0x7FF7A5A57FF7A5A5
+# What a register holds where a skipped instruction did not write it: a NaN in every type.
+POISON = 0x7FF77FF77FF77FF7
 
 __all__ = ["PtxError", "launch"]
 
@@ -267,6 +267,8 @@ class Launch:
 
     def _message(self, group, guard, fault):
         threads = group.threads if guard is None else group.threads[group.spread(guard)]
+        # The index counts the threads that made an access; other faults are not of one thread.
+        threads = threads if len(threads) > fault.index else group.threads
         return f"{self.where(group.pc)}: {self._name(int(threads[fault.index]))}: {fault}"
 
 
@@ -301,6 +303,8 @@ def launch(program, n_programs, threads, arguments, operands, *, shared=0, model
     values = {}
     for (kind, name), value in zip(program.parameters, arguments):
         width = int(kind[1:])
+        if kind[0] == "f":
+            raise PtxError(f"{program.name}: {name} is {kind}: parameters of floating point are not known")
         if not -(1 << (width - 1)) <= int(value) < (1 << width):
             raise PtxError(f"{program.name}: {name} is {value}, which does not fit {kind}")
         values[name] = np.array([int(value) % (1 << width)], dtype=UNSIGNED[width])

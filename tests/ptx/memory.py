@@ -18,8 +18,8 @@ PAGE = 1 << 14
 READABLE, WRITABLE = 1, 2
 NOBODY, SEVERAL_PROGRAMS = -1, -2
 SEVERAL_THREADS = -2
-# Who touched a place, and when: the number of barriers that the thread's program had passed, a mark for several threads of that
-# program, and the thread.
+# A stamp says who touched a place, and when. Bits 40 and up: how many barriers the program had passed. Bit 39: several threads
+# of the program. Below: the thread's number.
 STAMP_BITS = 40
 STAMP_MASK = (1 << STAMP_BITS) - 1
 SEVERAL = 1 << (STAMP_BITS - 1)
@@ -46,21 +46,22 @@ class Operand:
     def __post_init__(self):
         tensor = self.tensor
         self.item = tensor.element_size()
-        # Where it can be asked for without copying a tensor that is copied when it is written.
+        # `data_ptr` would copy a copy-on-write tensor.
         self.start = tensor.data_ptr() if self.is_output else getattr(tensor, "const_data_ptr", tensor.data_ptr)()
         # Dimensions of stride 0 or size 1 say nothing about where elements lie.
         steps = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride)
         self.steps = steps[::-1]
         self.extent = 1 + sum((size - 1) * stride for stride, size in steps) if tensor.numel() else 0
         self.end = self.start + self.extent * self.item
-        self.distinct = math.prod(size for _, size in steps)  # elements, unless rows overlap
-        self.is_dense = self.extent == self.distinct
+        self.distinct = math.prod(size for _, size in steps)
         self.offsets, reach = None, 0
         for stride, size in steps:
             if stride <= reach:  # rows that overlap, as of an unfolded tensor
                 self.offsets = np.unique(sum(np.ix_(*(np.arange(size) * stride for stride, size in steps))))
+                self.distinct = len(self.offsets)
                 break
             reach += (size - 1) * stride
+        self.is_dense = self.extent == self.distinct
 
     def has(self, offsets):
         """Whether an element of the tensor lies at these offsets, counted in elements from its first."""
@@ -100,8 +101,6 @@ class Report:
     sectors: Counter = field(default_factory=Counter)
     fetched: Counter = field(default_factory=Counter)
     ideal: Counter = field(default_factory=Counter)
-    widths: Counter = field(default_factory=Counter)
-    rewritten: int = 0
     seconds: float = 0.0
 
 
@@ -145,7 +144,7 @@ class GlobalMemory:
         # The first access that may come before or after that of another thread of its program; a launch that has one must give
         # the same in whatever order its warps run.
         self.hazard: Fault | None = None
-        # A thread can only see another one's write where something is both read and written.
+        # Where no input is written, too, nobody can write what another thread has read before.
         writable = [operand for operand in self.operands if operand.is_output]
         self.tracks_reads = any(
             one.start < other.end and other.start < one.end for one in self.operands if one.is_input for other in writable
@@ -211,7 +210,6 @@ class GlobalMemory:
 
     def _count(self, kind, place, n_bytes, threads):
         self.report.requested[kind] += n_bytes * len(place)
-        self.report.widths[kind, n_bytes] += len(place)
         if self.touched is not None:
             warps = np.unique((threads // 32 << 40) + place // 32)
             self.report.sectors[kind] += 32 * len(warps)
@@ -238,9 +236,10 @@ class GlobalMemory:
                     index = int(np.argmax(unreadable))
                     where = self.describe(int(address[index]) + k * width // 8)
                     raise Fault(f"reads memory that is no input and that nobody has written: {where}", index)
-                if self.tracks_reads:
+                if (self.state[at] & WRITABLE).any():
                     self._check(self.writer[at], address, threads, clock, "reads what {} writes: {}")
-                    clock.note_readers(self.reader, at, threads)
+                    if self.tracks_reads:
+                        clock.note_readers(self.reader, at, threads)
             values.append(self.data.view(UNSIGNED[width])[first // (width // 8)])
         return values
 
@@ -260,11 +259,10 @@ class GlobalMemory:
                     index = int(np.argmax(forbidden))
                     raise Fault(f"writes to no output: {self.describe(int(address[index]) + k * width // 8)}", index)
                 if self.tracks_reads:
-                    self._check(self.reader[at], address, threads, clock, "writes what {} reads: {}")
+                    self._check(self.reader[at], address, threads, clock, "writes what {} also reads: {}")
                 before = self.writer[at]
                 other = clock.by_another(before, threads)
-                self.report.rewritten += int(np.count_nonzero(other))
-                clash |= other & (data[at_value] != value)
+                clash |= other & clock.concurrent(before, threads) & (data[at_value] != value)
                 self.writer[at] = clock.stamp(threads)
                 self.state[at] |= READABLE
             data[at_value] = value
@@ -280,10 +278,11 @@ class GlobalMemory:
         if race.any():
             race &= clock.concurrent(before, threads)
         if race.any():
-            index = int(np.argmax(race))
+            across = race & ~clock.of_one_program(before, threads)
+            index = int(np.argmax(across if across.any() else race))
             other = clock.describe(int(before[index]))
             fault = Fault(message.format(other, self.describe(int(address[index]))), index)
-            if (race & ~clock.of_one_program(before, threads)).any():
+            if across.any():
                 raise fault
             self.hazard = self.hazard or fault
 
@@ -291,9 +290,10 @@ class GlobalMemory:
         """An element that was written otherwise in another run of the launch, or None."""
         for slot, (span, address) in enumerate(self.pages):
             theirs = int(other.slots[self.table_offsets[span] + address // PAGE])
+            if theirs < 0:
+                return self.describe(max(self.spans[span][0], address))
             mine, yours = (data[n * PAGE : (n + 1) * PAGE] for data, n in ((self.data, slot), (other.data, theirs)))
-            pieces = self.writer[slot * PAGE // self.piece : (slot + 1) * PAGE // self.piece] != NOBODY
-            differ = np.repeat(pieces, self.piece) & (mine != yours)
+            differ = mine != yours
             if differ.any():
                 return self.describe(address + int(np.argmax(differ)))
         return None
@@ -325,7 +325,8 @@ class GlobalMemory:
                 span = np.searchsorted(self.starts, address, "right") - 1
                 slot = self.slots[self.table_offsets[span] + address // PAGE]
                 at = (slot * PAGE + (address & (PAGE - 1))) // self.piece
-                missing = (slot < 0) | (self.writer[np.maximum(at, 0)] == NOBODY)
+                pieces = np.maximum(at, 0)[:, None] + np.arange(operand.item // self.piece)
+                missing = (slot < 0) | (self.writer[pieces] == NOBODY).any(1)
                 if missing.any():
                     found[operand.name] = int(elements[np.argmax(missing)])
                     break
@@ -367,9 +368,10 @@ class Clock:
             return np.where(self.by_another(before, threads), together, mine)
 
         reader[at] = joined(reader[at])
-        # Where several threads of this instruction read one place, the last has left its stamp: the others join it.
-        shared = self.by_another(reader[at], threads)
-        reader[at[shared]] = joined(reader[at])[shared]
+        # Where several threads of this instruction read one place, one of them has left its stamp: the others join it.
+        left = reader[at]
+        reader[at[self.by_another(left, threads) & (left != SEVERAL_PROGRAMS)]] |= SEVERAL
+        reader[at[~self.of_one_program(left, threads)]] = SEVERAL_PROGRAMS
 
     def describe(self, stamp):
         if stamp == SEVERAL_PROGRAMS:

@@ -59,7 +59,7 @@ def parse(text: str, entry: str | None = None) -> Program:
         text: a PTX module, as Triton or nvcc writes it.
         entry: the kernel's name; needed where the module has several.
     """
-    # Comments must not hide in strings or names; line numbers must stay.
+    # Blank out block comments, but keep their line breaks, for line numbers.
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
     heads = list(re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)", text, re.S))
     heads = [head for head in heads if entry in (None, head[1])]
@@ -68,6 +68,8 @@ def parse(text: str, entry: str | None = None) -> Program:
     (head,) = heads
     parameters = re.findall(r"\.param\s+\.(\w+)\s[^,]*?([\w$]+)\s*(?:,|$)", head[2].strip())
     shared = frozenset(re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text))
+    if len(shared) > 1:
+        raise PtxError(f"several symbols of shared memory are not known: {', '.join(sorted(shared))}")
     body = _Body(text, text.index("{", head.end()))
     program = Program(head[1], parameters, body.instructions, body.widths, shared, text)
     for instruction in program.instructions:
