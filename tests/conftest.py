@@ -105,9 +105,8 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     """Each test runs in the ways in which it shows something.
 
-    What no kernel takes part in runs once, with the kernels left to the device. The interpreter is for the choice of path, and
-    for layouts; executed machine code is for numbers, and for layouts too. Models of approximate instructions are for the
-    machine that has them.
+    What no kernel takes part in runs once, with the kernels left to the device. The interpreter is for the choice of path;
+    executed machine code is for numbers and layouts. Models of approximate instructions are for the machine that has them.
     """
     way = config.kernels.way
 

@@ -180,7 +180,6 @@ def test_exactly_at_the_limit_gradients_pass_as_through_torchs_clamp(dtype, devi
 
 @every_case
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.ways("interpreter", "ptx")
 def test_values_and_gradients_against_float64(case, dtype, device):
     ours, theirs, _ = CASES[case]
     tensors = operands(case, dtype, device)
@@ -301,7 +300,6 @@ def test_under_torch_compile_no_gradient_is_lost(function, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.launches_nothing("empty tensors among the cases")
-@pytest.mark.ways("interpreter", "ptx")
 def test_every_layout(layout, dtype, device):
     make = LAYOUTS[layout]
     x, gate = make(dtype, device), make(dtype, device, seed=1)
@@ -326,7 +324,6 @@ def test_every_layout(layout, dtype, device):
 @pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.ways("interpreter", "ptx")
 def test_halves_along_any_dimension(dim, memory_format, dtype, device):
     packed = random((4, 6, 8, 34), dtype, device).to(memory_format=memory_format)
     shape = packed.chunk(2, dim)[0].shape

@@ -389,7 +389,6 @@ def test_dtypes_promote_and_autocast_gives_fp32(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.ways("interpreter", "ptx")
 @pytest.mark.launches_nothing("empty tensors among the layouts")
 def test_every_layout(layout, dtype, device):
     x, t = LAYOUTS[layout](dtype, device), LAYOUTS[layout](dtype, device, seed=1).abs().fmod(1)
@@ -445,7 +444,6 @@ def test_weights_that_broadcast(name, last, device):
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("target_dtype", [torch.int64, torch.float32, torch.bfloat16], ids=str)
 @every_reduction
-@pytest.mark.ways("interpreter", "ptx")
 def test_ignored_elements(reduction, target_dtype, gamma, device):
     x, t = examples(torch.float32, device, (70, 90), soft=False)
     ignored = random((70, 90), torch.float32, device, seed=4) > 2

@@ -11,7 +11,7 @@ pytest.importorskip("scipy", reason="torch.testing._internal needs it")
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-pytestmark = pytest.mark.ways("interpreter")
+pytestmark = pytest.mark.ways()
 
 SIGMOID = next(info for info in op_db if info.name == "sigmoid")
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.Sigmoid)
@@ -37,6 +37,8 @@ def samples(device, dtype, requires_grad):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", sorted(SIGMOID.dtypes, key=str), ids=str)
+@pytest.mark.ways("interpreter")
+@pytest.mark.launches_nothing("some dtypes are torch's own")
 def test_every_operator_sample(dtype, device, save):
     differentiable = dtype.is_floating_point or dtype.is_complex
     count = 0

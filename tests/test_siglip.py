@@ -77,6 +77,7 @@ def test_the_second_derivative_is_that_of_the_plain_formula_also_for_confident_p
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.ways("interpreter")
+@pytest.mark.launches_nothing("transforms see torch operators")
 def test_function_transforms(device):
     tensors = pairs(5, 3, torch.float64, device)
     numbers = (0, 1, 2, 3)
