@@ -402,7 +402,7 @@ def test_what_intercept_saves_is_known(save, lost, device):
     assert seen(watch)["lost_to_rounding"] == lost
 
 
-@pytest.mark.ways()
+@pytest.mark.ways
 def test_memory_does_not_grow_with_the_shapes_of_inputs(device):
     layer, gate = nn.Sigmoid(), nn.GLU(1)
     with watching(layer, gate) as watch:
@@ -663,7 +663,7 @@ def test_what_is_compiled_before_is_named():
         GradientWatch(whole)
 
 
-@pytest.mark.ways()
+@pytest.mark.ways
 def test_a_long_run_is_merged_into_bounded_memory(device):
     model = nn.Sequential(layer := nn.Sigmoid())
     with GradientWatch(model, history=4) as watch:
@@ -685,7 +685,7 @@ def test_a_long_run_is_merged_into_bounded_memory(device):
         assert entering == pytest.approx(6**0.5, rel=1e-6)
 
 
-@pytest.mark.ways()
+@pytest.mark.ways
 def test_every_row_of_a_long_run_holds_as_many_steps(device):
     layer = nn.Sigmoid()
     x = torch.ones(2, device=device, requires_grad=True)
