@@ -33,7 +33,8 @@ def exp_scaled(power: Tensor) -> tuple[Tensor, Tensor]:
     """e^power as e·scale, for power ≤ 0: neither is a subnormal number, and a product with e keeps its digits."""
     shift, start = SHIFTS[power.dtype]
     far = power < start
-    return torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), 1.0)
+    # Of two numbers `where` would make a tensor of the default dtype, in which e^-690 is 0.
+    return torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), torch.ones_like(power))
 
 
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
