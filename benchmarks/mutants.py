@@ -5,11 +5,11 @@ decorator gone, a loop without iterations. It leaves strings alone, and this fil
 operations on bits (which floats refuse, so that any test notices) and what Python refuses to compile. A point's rank in the
 sample follows from the seed, its function and its line alone, so that an edit elsewhere leaves the sample as it is.
 
-Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file, then all others that need no
-kernel, until one fails or takes too long: that kills the mutant, if the same test passes on the unchanged copy. A test that
-fails there takes no part, and mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at
-once, and the next run with the same seed continues there. Where nothing can tell a survivor from the original, write the
-reason into its column `equivalent`; later runs keep it.
+Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file, until one fails or takes too
+long: that kills the mutant, if the same test passes on the unchanged copy. A test that fails there takes no part, and
+mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at once, and the next run with the
+same seed continues there. Where nothing can tell a survivor from the original, write the reason into its column `equivalent`;
+later runs keep it.
 """
 
 import argparse
@@ -23,9 +23,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +37,6 @@ import torch
 from . import record
 
 WORK = record.ROOT / "runs" / "mutants"
-COPY = WORK / "checkout"
 # The tests that concern a file, likely killers first: what executes kernels (tests/conftest.py), and the names of test files.
 CONCERNED = {
     "kernels/__init__.py": ("device package", "interpreter forward"),
@@ -60,8 +62,6 @@ CONCERNED = {
     "torch_sigmoid/statistics.py": ("device diagnostics", "ptx diagnostics"),
     "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
 }
-# Trainings, the suite of benchmarks, and what only a GPU runs: minutes for little.
-NO_KILLERS = {"benchmarks", "gpu", "mutants", "train"}
 # Shifts and bitwise operations on numbers that have none.
 SENSELESS = re.compile(r"core/ReplaceBinaryOperator_(Add|Sub|Mul|Div|FloorDiv|Mod|Pow)_(RShift|LShift|Bit\w+)")
 # For one run of pytest, several times what the longest takes: on its core, and by the clock of a machine with other work.
@@ -84,10 +84,6 @@ def sources() -> list[str]:
     )
 
 
-def test_names() -> list[str]:
-    return sorted(path.stem.removeprefix("test_") for path in (record.ROOT / "tests").glob("test_*.py"))
-
-
 def rank(*words) -> str:
     return hashlib.sha256(" | ".join(map(str, words)).encode()).hexdigest()
 
@@ -108,7 +104,7 @@ def points(file: str) -> Iterator[tuple[tuple, int, list[tuple[str, int]]]]:
     from cosmic_ray.ast.ast_query import ASTQuery
     from cosmic_ray.plugins import get_operator, operator_names
 
-    source = (COPY / file).read_text()
+    source = (record.ROOT / file).read_text()
     nodes = list(ast_nodes(get_ast(source)))
     node_at, changes = {}, defaultdict(list)
     for name in operator_names():
@@ -149,7 +145,7 @@ def change_of(before: str, after: str) -> str:
 
 
 def sample(seed: int, count: int) -> list[Mutant]:
-    """One mutant at each of `count` points of the copy."""
+    """One mutant at each of `count` points of the checkout."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -157,7 +153,7 @@ def sample(seed: int, count: int) -> list[Mutant]:
     for _, place, line, changes in sorted(
         (rank(seed, *place), place, *rest) for file in sources() for place, *rest in points(file)
     ):
-        source = (COPY / place[0]).read_text()
+        source = (record.ROOT / place[0]).read_text()
         for index in sorted(range(len(changes)), key=lambda index: rank(seed, *place, index)):
             operator, occurrence = changes[index]
             code = mutate_code(source, get_operator(operator)(), occurrence)
@@ -171,19 +167,13 @@ def sample(seed: int, count: int) -> list[Mutant]:
     return drawn
 
 
-def copy_checkout() -> None:
+def copy_checkout(to: Path) -> None:
     """What git would take of the checkout."""
-    shutil.rmtree(COPY, ignore_errors=True)
+    shutil.rmtree(to, ignore_errors=True)
     for name in record.output_of(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).splitlines():
         if (record.ROOT / name).is_file():
-            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(record.ROOT / name, COPY / name)
-
-
-def seconds_on_a_core() -> float:
-    """What the processes started so far have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(record.ROOT / name, to / name)
 
 
 def expendable() -> None:
@@ -194,76 +184,46 @@ def expendable() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def run_tests(way: str, tests: list[str], left_out: Iterable[str] = ()) -> tuple[str, str]:
-    """What pytest says of the copy, "passed", "failed" or "timeout", and the first test that failed, if there is one."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(WORK / "triton")}
-    environment.pop("TRITON_INTERPRET", None)
-    with open(WORK / "output.txt", "w+") as output:
-        options = {"cwd": COPY, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
-        arguments = [f"--kernels={way}", *tests, *(f"--deselect={test}" for test in left_out)]
-        process = subprocess.Popen([*command, *arguments], preexec_fn=expendable, **options)
-        try:
-            process.wait(WALL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "timeout", ""
-        finally:
-            # The processes that tests have started end with them.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", output.read(), re.MULTILINE)
-    # 5: there was nothing to run.
-    outcome = {0: "passed", 5: "passed", -signal.SIGXCPU: "timeout"}.get(process.returncode, "failed")
-    return outcome, failed.group(1) if failed else ""
-
-
-def stages(file: str) -> Iterator[tuple[str, list[str]]]:
-    """The runs that a mutant of this file faces, one after the other: what executes kernels, and the test files."""
-    left = [name for name in test_names() if name not in NO_KILLERS]
-    for stage in CONCERNED[file]:
-        way, *names = stage.split()
-        yield way, [f"tests/test_{name}.py" for name in names]
-        if way == "device":
-            left = [name for name in left if name not in names]
-    yield "device", [f"tests/test_{name}.py" for name in left]
-
-
 class Judge:
-    """Runs mutants against the tests, and believes a test only if it passes without the mutation.
+    """Runs mutants against the tests in a copy of the checkout, and believes a test only if it passes without the mutation.
 
     Attributes:
+        folder: holds the copy.
         red: what fails without any mutation, and therefore takes no part: how kernels run, and the test.
     """
 
-    def __init__(self):
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.copy = folder / "checkout"
         self.red: list[tuple[str, str]] = []
         self.passes_unchanged: set[tuple] = set()
         self.n_written = 0
+        copy_checkout(self.copy)
 
     def judge(self, mutant: Mutant) -> dict:
         """The row of a mutant."""
         row = {key: value for key, value in mutant._asdict().items() if key != "code"} | {"outcome": "survived"}
         row |= {"killed by": "", "seconds": None, "equivalent": ""}
-        begin = seconds_on_a_core()
-        for way, tests in stages(mutant.file):
+        begin = time.monotonic()
+        for stage in CONCERNED[mutant.file]:
+            way, *names = stage.split()
+            tests = [f"tests/test_{name}.py" for name in names]
             outcome, test = self.face(mutant, way, tests)
             if outcome != "passed":
                 killer = f"--kernels={way} {test or ' '.join(tests)}"
                 row |= {"outcome": "killed" if outcome == "failed" else outcome, "killed by": killer}
                 break
-        return row | {"seconds": round(seconds_on_a_core() - begin)}
+        return row | {"seconds": round(time.monotonic() - begin)}
 
     def face(self, mutant: Mutant, way: str, tests: list[str]) -> tuple[str, str]:
         """As `run_tests`, of a mutant."""
         while True:
             with self.written(mutant):
-                outcome, test = run_tests(way, tests, [test for its_way, test in self.red if its_way == way])
+                outcome, test = self.run_tests(way, tests, [test for its_way, test in self.red if its_way == way])
             killers = way, *([test] if test else tests)
             if outcome == "passed" or killers in self.passes_unchanged:
                 return outcome, test
-            unchanged, _ = run_tests(way, list(killers[1:]))
+            unchanged, _ = self.run_tests(way, list(killers[1:]))
             if unchanged == "passed":
                 self.passes_unchanged.add(killers)
             elif test:
@@ -272,9 +232,44 @@ class Judge:
             else:
                 raise record.WrongResultError(f"without any mutation: {unchanged}, --kernels={way} {' '.join(tests)}")
 
+    def run_tests(self, way: str, tests: list[str], left_out: Iterable[str] = ()) -> tuple[str, str]:
+        """What pytest says of the copy, "passed", "failed" or "timeout", and the first test that failed, if there is one."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--tb=no",
+            "-rfE",
+            "-p",
+            "no:cacheprovider",
+            "--hypothesis-seed=0",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(WORK / "triton")}
+        environment.pop("TRITON_INTERPRET", None)
+        with open(self.folder / "output.txt", "w+") as output:
+            options = {"cwd": self.copy, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
+            arguments = [f"--kernels={way}", *tests, *(f"--deselect={test}" for test in left_out)]
+            process = subprocess.Popen([*command, *arguments], preexec_fn=expendable, **options)
+            try:
+                process.wait(WALL_SECONDS)
+            except subprocess.TimeoutExpired:
+                return "timeout", ""
+            finally:
+                # The processes that tests have started end with them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", output.read(), re.MULTILINE)
+        # 5: there was nothing to run.
+        outcome = {0: "passed", 5: "passed", -signal.SIGXCPU: "timeout"}.get(process.returncode, "failed")
+        return outcome, failed.group(1) if failed else ""
+
     @contextlib.contextmanager
     def written(self, mutant: Mutant):
-        path, original = COPY / mutant.file, WORK / "original.py"
+        path, original = self.copy / mutant.file, self.folder / "original.py"
         shutil.copy2(path, original)
         path.write_text(mutant.code)
         # Python trusts what it has compiled from a file of this time and size, so each mutant gets a time of its own.
@@ -300,25 +295,36 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=int, default=100, help="mutants in the sample (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="run the survivors again, but for the equivalent ones")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at once, a core each (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    copy_checkout()
     mutants = sample(arguments.seed, arguments.count)
     path = arguments.out / "mutants.csv"
     known = read_rows(path)
     if arguments.again:
         known = {name: row for name, row in known.items() if row["outcome"] != "survived" or row["equivalent"]}
-    judge = Judge()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for mutant in record.progress([mutant for mutant in mutants if mutant.id not in known], "mutants"):
-        row = known[mutant.id] = judge.judge(mutant)
-        with open(path, "a", newline="") as file:
+    judges = [Judge(WORK / str(number)) for number in range(arguments.jobs)]
+    idle, writing = list(judges), threading.Lock()
+
+    def run(mutant):
+        judge = idle.pop()
+        try:
+            row = known[mutant.id] = judge.judge(mutant)
+        finally:
+            idle.append(judge)
+        with writing, open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+    waiting = [mutant for mutant in mutants if mutant.id not in known]
+    with ThreadPoolExecutor(arguments.jobs) as workers:
+        for future in record.progress([workers.submit(run, mutant) for mutant in waiting], "mutants"):
+            future.result()
     rows = [known[mutant.id] | {"line": mutant.line} for mutant in mutants]
     survivors = [row for row in rows if row["outcome"] == "survived"]
-    left_out = [f"--kernels={way} {test}" for way, test in judge.red]
+    left_out = [f"--kernels={way} {test}" for judge in judges for way, test in judge.red]
     counts = {"killed": len(rows) - len(survivors), "equivalent": sum(bool(row["equivalent"]) for row in survivors)}
     record.write(
         arguments.out, "mutants", rows, record.environment(torch.device("cpu")), seed=arguments.seed, **counts, red=left_out

@@ -6,7 +6,19 @@ import pathlib
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, all_patterns, assert_near, is_normal, random, runs_kernels, ulp, ulp_error
+from reference import (
+    FLOATS,
+    LAYOUTS,
+    SIXTEEN_BIT,
+    all_patterns,
+    assert_near,
+    is_normal,
+    random,
+    readable,
+    runs_kernels,
+    ulp,
+    ulp_error,
+)
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,14 +87,24 @@ def exact(function, order, x):
     x = x.double()
     sigma, complement = 1 / (1 + torch.exp(-x)), 1 / (1 + torch.exp(x))
     near = x.clamp(-1e3, 1e3)
+    slope, bend = sigma * complement, -torch.tanh(near / 2)
     if function == "sigmoid":
-        return (sigma, sigma * complement)[order]
+        return (sigma, slope, slope * bend)[order]
     if function == "silu":
-        return (torch.where(x < 0, near, x) * sigma, sigma * (1 + near * complement))[order]
-    return (torch.where(x < 0, x - torch.log1p(torch.exp(near)), -torch.log1p(torch.exp(-x))), complement)[order]
+        return (torch.where(x < 0, near, x) * sigma, sigma * (1 + near * complement), slope * (2 + near * bend))[order]
+    return (torch.where(x < 0, x - torch.log1p(torch.exp(near)), -torch.log1p(torch.exp(-x))), complement, -slope)[order]
 
 
-# In ulps; the interpreter truncates where it stores bf16. Around the zero of silu' errors are those of its terms, which are 1.
+def derivatives(function, tensors, *v):
+    """The gradients for an upstream gradient of 1, and from `v`, upstream of them, those of that 1 and of the tensors."""
+    tensors = leaves(tensors)
+    output = function(*tensors)
+    upstream = torch.ones_like(output).requires_grad_()
+    grads = torch.autograd.grad(output, tensors, upstream, create_graph=True)
+    return tuple(grad.detach() for grad in grads), torch.autograd.grad(grads, (upstream, *tensors), v)
+
+
+# In ulps; the interpreter truncates where it stores bf16. Around the zero of a sum, such as silu', errors are those of `terms`.
 def assert_exact(actual, true, terms=0.0, allowed=1.0):
     dtype = actual.dtype
     allowed += INTERPRETED and dtype is torch.bfloat16
@@ -90,7 +112,7 @@ def assert_exact(actual, true, terms=0.0, allowed=1.0):
     error = (actual.cpu().double() - true).abs()
     bound = allowed * ulp(true, dtype) + 2**-21 * terms
     assert (error <= bound)[normal].all(), f"{ulp_error(actual, true)[normal & (error > bound)].max()} ulp"
-    assert (actual.cpu()[normal] != 0).all()
+    assert (actual.cpu() != 0)[normal & (true.abs() > 2**-20 * terms)].all()
 
 
 @pytest.mark.parametrize("function", ["silu", "logsigmoid"])
@@ -126,6 +148,49 @@ def test_every_16_bit_gate_within_an_ulp(kind, dtype, device):
     assert_exact(value, operand.double() * exact(function, 0, gate))
     assert_exact(to_operand, exact(function, 0, gate))
     assert_exact(to_gate, operand.double() * exact(function, 1, gate), operand.double().abs() * (function == "silu"))
+
+
+@pytest.mark.parametrize("function", ["silu", "logsigmoid"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_every_16_bit_second_derivative_within_an_ulp(function, dtype, device):
+    x = all_patterns(dtype)
+    x = x[x.isfinite()]
+    _, (to_upstream, to_x) = derivatives(getattr(ts, function), [x.to(device)], torch.ones_like(x, device=device))
+    assert_exact(to_upstream, exact(function, 1, x), terms=float(function == "silu"))
+    slope = exact("sigmoid", 1, x)
+    assert_exact(to_x, exact(function, 2, x), terms=(2 + x.double().abs()) * slope * (function == "silu"))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid_gate", "sigmoid_gate-rows", "swiglu"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_every_16_bit_second_derivative_of_a_gate_within_an_ulp(kind, dtype, device):
+    gate = all_patterns(dtype)
+    gate = gate[gate.isfinite() & readable(gate, device)]
+    operand = torch.tensor(OPERANDS, dtype=dtype)[:, None].expand(-1, len(gate))
+    broadcast = kind == "sigmoid_gate-rows"
+    gates = gate[None] if broadcast else gate.expand_as(operand)
+    tensors = [gates.to(device), operand.to(device)]
+
+    def function(gate, operand):
+        return ts.swiglu(gate, operand) if kind == "swiglu" else ts.sigmoid_gate(operand, gate)
+
+    (to_gate, to_operand), (to_upstream, to_gate_again, to_operand_again) = derivatives(
+        function, tensors, *map(torch.ones_like, tensors)
+    )
+    value, slope, bend = (exact("silu" if kind == "swiglu" else "sigmoid", order, gates) for order in range(3))
+    a, of_slope, of_bend = operand.double(), slope.abs(), bend.abs()
+    if kind == "swiglu":
+        of_slope, of_bend = torch.ones_like(slope), (2 + gates.double().abs()) * exact("sigmoid", 1, gates)
+    for actual, true, terms, summed in (
+        (to_gate, a * slope, a.abs() * of_slope, broadcast),
+        (to_operand, value, value.abs(), False),
+        (to_upstream, value + a * slope, value.abs() + a.abs() * of_slope, False),
+        (to_gate_again, slope + a * bend, of_slope + a.abs() * of_bend, broadcast),
+        (to_operand_again, slope, of_slope, False),
+    ):
+        if summed:
+            true, terms = true.sum(0, keepdim=True), terms.sum(0, keepdim=True)
+        assert_exact(actual, true.expand_as(actual), terms)
 
 
 @pytest.mark.parametrize("function", ["silu", "logsigmoid"])

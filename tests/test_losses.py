@@ -33,7 +33,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 
 
 def exact(x, t, gamma):
-    """The loss of weight 1, its gradient, and the sum of the gradient's terms without their signs, in float64.
+    """The loss of weight 1, and its derivatives, each followed by the sum of its terms without their signs, in float64.
 
     From the definitions, with 1 - p as a sigmoid of its own: in float64 these lose nothing over the range of fp32.
     """
@@ -43,9 +43,18 @@ def exact(x, t, gamma):
         # An infinite logarithm does not count where nothing of the target is there.
         entropy = np.where(t == 0, 0, t * np.logaddexp(0, -x)) + np.where(t == 1, 0, (1 - t) * np.logaddexp(0, x))
         u = t * q + (1 - t) * p
-        slope, bend = (1 - t) * p - t * q, gamma * entropy * np.where(u == 0, 0, (1 - 2 * t) * p * q / u)
-    terms = u**gamma * ((1 - t) * p + t * q + np.abs(bend))
-    return tuple(map(torch.as_tensor, (entropy * u**gamma, u**gamma * (slope + bend), terms)))
+        power = u**gamma
+        # u'/u, and its derivative.
+        rate = np.where(u == 0, 0, (1 - 2 * t) * p * q / u)
+        turn = np.where(u == 0, 0, (1 - 2 * t) * p * q * (t * (q / u) ** 2 - (1 - t) * (p / u) ** 2))
+    slope, size = (1 - t) * p - t * q, (1 - t) * p + t * q
+    bend = p * q + 2 * gamma * rate * slope + gamma * entropy * (gamma * rate**2 + turn)
+    terms_of_bend = p * q + 2 * gamma * np.abs(rate) * size + gamma * entropy * (gamma * rate**2 + np.abs(turn))
+    return (
+        torch.as_tensor(entropy * power),
+        *(torch.as_tensor(power * each) for each in (slope + gamma * entropy * rate, size + gamma * entropy * np.abs(rate))),
+        *(torch.as_tensor(power * each) for each in (bend, terms_of_bend)),
+    )
 
 
 def loss_of(gamma, reduction="none"):
@@ -63,16 +72,21 @@ def value_and_gradient(function, x, *others):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_every_16_bit_logit_within_an_ulp(dtype, gamma, device):
-    """The loss and its gradient; the gradient of a soft target has a zero, around which errors are those of its terms."""
+    """The loss and both derivatives; the derivatives have zeros, around which errors are those of their terms."""
     finite = all_patterns(dtype)
     finite = finite[finite.isfinite()]
     finite = finite[readable(finite, device)]
     targets = torch.tensor([0.0, 1.0, 0.5, 0.25, 0.9, 1e-3], dtype=dtype)
     x, t = finite.repeat(len(targets)), targets.repeat_interleave(len(finite))
-    value, grad = value_and_gradient(loss_of(gamma), x.to(device), t.to(device))
-    true_value, true_grad, terms = exact(x, t, gamma)
-    for actual, true, scale in ((value.cpu(), true_value, true_value), (grad.cpu(), true_grad, terms)):
-        counted = is_normal(true, dtype)
+    logits = x.to(device).detach().requires_grad_()
+    value = loss_of(gamma)(logits, t.to(device))
+    upstream = torch.ones_like(value).requires_grad_()
+    (grad,) = torch.autograd.grad(value, logits, upstream, create_graph=True)
+    grad_again, bend = torch.autograd.grad(grad, (upstream, logits), torch.ones_like(grad))
+    true_value, true_grad, terms, true_bend, terms_of_bend = exact(x, t, gamma)
+    assert grad_again.equal(grad)
+    for actual, true, scale in ((value, true_value, true_value), (grad, true_grad, terms), (bend, true_bend, terms_of_bend)):
+        actual, counted = actual.detach().cpu(), is_normal(true, dtype)
         error = (actual.double() - true).abs()
         bound = (0.5 + 1e-3 + allowance(dtype, device)) * ulp(true, dtype) + 2**-21 * (1 + gamma) * scale
         assert (error <= bound)[counted].all()
@@ -88,7 +102,7 @@ def test_fp32_over_its_range(gamma, device):
     targets = torch.tensor([0.0, 1.0, 0.25, 0.9, 1e-3])
     x, t = x.repeat(len(targets)), targets.repeat_interleave(len(x))
     value, grad = value_and_gradient(loss_of(gamma), x.to(device), t.to(device))
-    true_value, true_grad, terms = exact(x, t, gamma)
+    true_value, true_grad, terms, *_ = exact(x, t, gamma)
     for actual, true, scale in ((value, true_value, true_value), (grad, true_grad, terms)):
         counted = is_normal(true, torch.float32)
         error = ((actual.cpu().double() - true).abs() / ulp(torch.maximum(scale, true.abs()), torch.float32))[counted]
@@ -593,7 +607,7 @@ def test_under_inductor_no_gradient_is_lost(loss, device):
     t = (torch.arange(801, device=device) % 2).bfloat16()
     compiled = torch.compile(lambda x, t: loss(x, t, "none", False), fullgraph=True)
     value, grad = value_and_gradient(compiled, x, t)
-    true_value, true_grad, _ = exact(x.cpu(), t.cpu(), 2.0 * (loss is focal))
+    true_value, true_grad, *_ = exact(x.cpu(), t.cpu(), 2.0 * (loss is focal))
     alpha = torch.where(t.cpu() == 1, 0.25, 0.75).double() if loss is focal else 1.0
     for actual, true in ((value, alpha * true_value), (grad, alpha * true_grad)):
         assert ((actual.cpu().double() - true).abs() <= ulp(true, torch.bfloat16))[is_normal(true, torch.bfloat16)].all()

@@ -140,13 +140,22 @@ def fma32(a, b, c, rounding="rn"):
 
 
 def fma64(a, b, c):
-    """a·b + c in fp64, rounded once: error-free steps, the last but one rounded to odd (Boldo and Melquiond 2008)."""
-    a, b, c = (np.array(x, dtype=np.float64) for x in np.broadcast_arrays(a, b, c))
+    """a·b + c in fp64, rounded once."""
+    a, b, c = np.broadcast_arrays(a, b, c)
     plain = a * b + c
-    # Where nothing can overflow or underflow on the way.
-    safe = (np.abs(a) < 2.0**900) & (np.abs(b) < 2.0**900) & (np.abs(c) < 2.0**900)
-    safe &= (np.abs(a * b) > 2.0**-900) & (np.abs(a * b) < 2.0**900) & ((c == 0) | (np.abs(c) > 2.0**-900))
     trivial = ~(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)) | (a == 0) | (b == 0)
+    # Where nothing can overflow or underflow on the way.
+    near = (np.abs(a) < 2.0**900) & (np.abs(b) < 2.0**900) & (np.abs(c) < 2.0**900)
+    near &= (np.abs(a * b) > 2.0**-900) & (np.abs(a * b) < 2.0**900) & ((c == 0) | (np.abs(c) > 2.0**-900))
+    result = np.where(trivial, plain, _fma64_of_near(a, b, c))
+    far = ~(near | trivial)
+    if far.any():
+        result[far] = _fma64_of_far(a[far], b[far], c[far], plain[far])
+    return result
+
+
+def _fma64_of_near(a, b, c):
+    """By error-free steps, the last but one rounded to odd (Boldo and Melquiond 2008)."""
     product = a * b
     a_wide, b_wide = a * 134217729.0, b * 134217729.0  # 2^27 + 1 splits 53 bits into halves
     a_high, b_high = a_wide - (a_wide - a), b_wide - (b_wide - b)
@@ -154,14 +163,24 @@ def fma64(a, b, c):
     product_lost = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
     low, lowest = two_sum(c, product_lost)
     high, middle = two_sum(product, low)
-    result = np.where(trivial, plain, high + to_odd(*two_sum(lowest, middle)))
-    for i in np.flatnonzero(~(safe | trivial)):
-        exact = Fraction(a.flat[i]) * Fraction(b.flat[i]) + Fraction(c.flat[i])
-        try:
-            result.flat[i] = float(exact) if exact else plain.flat[i]
-        except OverflowError:
-            result.flat[i] = np.inf if exact > 0 else -np.inf
-    return result
+    return high + to_odd(*two_sum(lowest, middle))
+
+
+def _fma64_of_far(a, b, c, plain):
+    """The same, scaled by a power of two; what comes out subnormal in rational numbers, as scaling back would round again."""
+    (a, of_a), (b, of_b), (c, of_c) = map(np.frexp, (a, b, c))
+    # So far away one summand only decides where the other one ends in a tie.
+    shift = np.where(c == 0, 0, np.clip(of_c - of_a - of_b, -200, 200))
+    result = _fma64_of_near(a, b, np.ldexp(c, shift))
+    scale = np.where(shift == 200, of_c - 200, of_a + of_b)
+    scaled_back = np.ldexp(result, scale)
+    scaled_back[result == 0] = plain[result == 0]
+    for i in np.flatnonzero((result != 0) & (np.frexp(result)[1] + scale < -1021)):
+        exact = Fraction(a[i]) * Fraction(b[i]) * Fraction(2) ** int(of_a[i] + of_b[i]) + Fraction(c[i]) * Fraction(2) ** int(
+            of_c[i]
+        )
+        scaled_back[i] = float(exact)
+    return scaled_back
 
 
 def to_bf16(x):

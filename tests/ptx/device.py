@@ -1,16 +1,16 @@
 """A GPU for Triton that numpy executes: tensors on a CPU take the kernels' path.
 
-The package's own `Launcher`, Triton's binder and its compiler run unchanged. Where they would hand machine code to a GPU, the
-PTX of the same compilation is executed instead. `activate` puts this device in place, for the rest of the process.
+The package's own `Launcher`, Triton's binder and its compiler run unchanged, but that the compiler ends at PTX, which is
+executed where a GPU would be handed machine code. `activate` puts this device in place, for the rest of the process.
 """
 
 import functools
 import os
-from pathlib import Path
 
 import torch
-from triton import knobs
+from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.driver import driver
 
@@ -32,6 +32,25 @@ MAY_STAY_UNWRITTEN = frozenset(
 )
 
 
+class _Compiler(CUDABackend):
+    """NVIDIA's, without ptxas."""
+
+    @staticmethod
+    def supports_target(target):
+        return target.backend == "ptx"
+
+    def __init__(self, target):
+        super().__init__(target)
+        self.binary_ext = "ptx"
+
+    def add_stages(self, stages, *arguments):
+        super().add_stages(stages, *arguments)
+        del stages["cubin"]
+
+    def hash(self):
+        return f"{super().hash()}-ptx"
+
+
 class _Utils:
     """What Triton asks of a driver's library: the limits of an H100, and a handle for each compiled kernel."""
 
@@ -42,9 +61,8 @@ class _Utils:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name, binary, shared_bytes, index):
-        text = self.device.ptx_of[bytes(binary)]
         handle = len(self.device.texts)
-        self.device.texts.append((name, text))
+        self.device.texts.append((name, binary.decode()))
         n_registers, n_spills, max_threads = 32, 0, 1024
         return object(), handle, n_registers, n_spills, max_threads
 
@@ -64,7 +82,6 @@ class Device(CudaDriver):
         self.arch = arch
         self.utils = _Utils(self)
         self.launcher_cls = functools.partial(_Launch, self)
-        self.ptx_of: dict[bytes, str] = {}  # by machine code
         self.texts: list[tuple[str, str]] = []  # name and PTX, by handle
         self.programs: dict[str, Program] = {}  # by PTX
         self.tensors: list[tuple] = []  # inputs and outputs of the launches under way
@@ -80,7 +97,7 @@ class Device(CudaDriver):
         self.get_device_capability = lambda index=None: divmod(arch, 10)
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("ptx", self.arch, 32)
 
     def program(self, text):
         """The kernel in a text, parsed once."""
@@ -100,12 +117,6 @@ class Device(CudaDriver):
                 self.tensors.pop()
 
         launcher.__call__ = observed
-
-    def listen(self, *, metadata_group, **_):
-        """Triton tells of each compilation, kept ones too: remember the PTX that belongs to the machine code."""
-        paths = {Path(path).suffix: Path(path) for path in metadata_group.values()}
-        if ".cubin" in paths:
-            self.ptx_of[paths[".cubin"].read_bytes()] = paths[".ptx"].read_text()
 
 
 class _Launch:
@@ -176,9 +187,8 @@ def activate(arch: int = 90) -> Device:
     from torch_sigmoid.kernels.launch import Launcher
 
     device = Device(arch)
+    backends["ptx"] = Backend(_Compiler, Device)
     driver.set_active(device)
-    knobs.compilation.listener = device.listen
-
     device.observe(Launcher)
     refusal = ops.kernels_refusal
     ops.kernels_refusal = functools.cache(lambda device: None if device.type == "cpu" else refusal(device))

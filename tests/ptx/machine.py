@@ -54,24 +54,30 @@ class Group:
         return self._numbers
 
     def split(self, chosen, pc):
-        registers = {name: value if len(value) == 1 else value[chosen] for name, value in self.registers.items()}
+        over = self.launch.program.is_over
+        registers = {
+            name: value if len(value) == 1 else value[chosen] for name, value in self.registers.items() if not over(name, pc)
+        }
         return Group(self.launch, pc, self.threads[chosen], registers)
 
     def merge(self, other):
         threads = np.concatenate([self.threads, other.threads])
         order = np.argsort(threads, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
         registers = {}
+        over = self.launch.program.is_over
         for name in self.registers.keys() | other.registers.keys():
+            if over(name, self.pc):
+                continue
             mine, theirs = self.registers.get(name), other.registers.get(name)
             if mine is not None and theirs is not None and len(mine) == len(theirs) == 1 and mine[0] == theirs[0]:
                 registers[name] = mine
                 continue
             dtype = (theirs if mine is None else mine).dtype
-            parts = [
-                np.broadcast_to(poison(dtype) if part is None else part, len(group.threads))
-                for part, group in ((mine, self), (theirs, other))
-            ]
-            registers[name] = np.concatenate(parts)[order]
+            registers[name] = together = np.empty(len(threads), dtype)
+            together[place[: len(self.threads)]] = poison(dtype) if mine is None else mine
+            together[place[len(self.threads) :]] = poison(dtype) if theirs is None else theirs
         return Group(self.launch, self.pc, threads[order], registers)
 
     def spread(self, value):
@@ -137,6 +143,7 @@ class Group:
         self.registers[register] = value
 
 
+@functools.cache
 def poison(dtype):
     return np.array([True if dtype.kind == "b" else POISON % (1 << 8 * dtype.itemsize)], dtype=dtype)
 

@@ -1,5 +1,7 @@
 """PTX text as a list of instructions. What is not understood is an error with its line."""
 
+import functools
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -34,6 +36,14 @@ class Instruction:
     def has(self, modifier: str) -> bool:
         return modifier in self.modifiers
 
+    @property
+    def names(self) -> list[str]:
+        """The registers that it reads or writes, and whatever else its operands name."""
+        names = [self.guard[0]] if self.guard else []
+        for operand in self.operands:
+            names += operand if isinstance(operand, list) else [operand[0] if isinstance(operand, tuple) else operand]
+        return names
+
 
 @dataclass
 class Program:
@@ -50,6 +60,22 @@ class Program:
     def width_of_register(self, register: str) -> int:
         """`.reg .b32 %r<9>;` declares %r0 to %r8; inline assembly names its own."""
         return self.register_widths.get(register) or self.register_widths[register.rstrip("0123456789")]
+
+    @functools.cached_property
+    def _last_named(self) -> dict[str, int]:
+        return {name: pc for pc, instruction in enumerate(self.instructions) for name in instruction.names}
+
+    @functools.cached_property
+    def _lowest_ahead(self) -> list[int]:
+        """For each instruction, one that nothing lies before which can still run: branches lead back."""
+        back = [
+            min(pc, instruction.target) if instruction.name == "bra" else pc for pc, instruction in enumerate(self.instructions)
+        ]
+        return list(itertools.accumulate(reversed(back), min))[::-1]
+
+    def is_over(self, register: str, pc: int) -> bool:
+        """Whether nothing that can still run from here names a register."""
+        return self._last_named[register] < self._lowest_ahead[pc]
 
 
 def parse(text: str, entry: str | None = None) -> Program:
