@@ -80,19 +80,28 @@ def compile_operator(operator, dtype, target, shape, strides=None):
 
 def disassemble(compiled):
     """The instructions of an NVIDIA kernel, and the registers and bytes of stack of a thread, by Triton's own cuobjdump."""
-    import triton
+    text = dump(compiled)
+    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return [name for name in instructions if not name.startswith("NOP")], int(registers), int(stack)
 
+
+def dump(compiled) -> str:
+    """What cuobjdump says of a kernel, which takes longer than to compile it: kept with it in Triton's cache."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    kept = get_cache_manager(compiled.hash)
+    if path := kept.get_file("cuobjdump.txt"):
+        return Path(path).read_text()
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def dump(option):
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", dump("--dump-sass"))
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
-    return [name for name in instructions if not name.startswith("NOP")], int(registers), int(stack)
+        command = [tool, "--dump-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kept.put(text, "cuobjdump.txt", binary=False)
+    return text
 
 
 def elements_per_thread() -> int:

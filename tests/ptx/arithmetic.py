@@ -122,7 +122,6 @@ def to_odd(s, lost):
 def fma32(a, b, c, rounding="rn"):
     """a·b + c, rounded once. The product of two fp32 numbers is exact in fp64."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    product, c = np.broadcast_arrays(product, c)
     s = product + c
     if rounding == "rn":
         # Rounding twice differs only where the first leaves a tie, or where the result has fewer digits.
@@ -141,7 +140,6 @@ def fma32(a, b, c, rounding="rn"):
 
 def fma64(a, b, c):
     """a·b + c in fp64, rounded once."""
-    a, b, c = np.broadcast_arrays(a, b, c)
     plain = a * b + c
     trivial = ~(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)) | (a == 0) | (b == 0)
     # Where nothing can overflow or underflow on the way.
@@ -150,6 +148,7 @@ def fma64(a, b, c):
     result = np.where(trivial, plain, _fma64_of_near(a, b, c))
     far = ~(near | trivial)
     if far.any():
+        a, b, c = np.broadcast_arrays(a, b, c)
         result[far] = _fma64_of_far(a[far], b[far], c[far], plain[far])
     return result
 

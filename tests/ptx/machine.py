@@ -132,7 +132,7 @@ class Group:
         """Set a register, of the threads that `guard` lets through, to numbers of any type of its width."""
         if register == "_":
             return
-        value = np.atleast_1d(value)
+        value = value if value.ndim else np.atleast_1d(value)
         if value.dtype != bool:
             value = np.ascontiguousarray(value).view(UNSIGNED[8 * value.itemsize])
             width = self.launch.program.width_of_register(register)

@@ -59,7 +59,10 @@ class Program:
 
     def width_of_register(self, register: str) -> int:
         """`.reg .b32 %r<9>;` declares %r0 to %r8; inline assembly names its own."""
-        return self.register_widths.get(register) or self.register_widths[register.rstrip("0123456789")]
+        width = self.register_widths.get(register)
+        if width is None:
+            width = self.register_widths[register] = self.register_widths[register.rstrip("0123456789")]
+        return width
 
     @functools.cached_property
     def _last_named(self) -> dict[str, int]:
