@@ -372,7 +372,6 @@ def test_every_layout(layout, dtype, device):
     upstreams = [upstream, upstream.mT.contiguous().mT if x.dim() > 1 else upstream, upstream.new_ones(()).expand(x.shape)]
     for ours, theirs, tensors in (
         (ts.silu, F.silu, [x]),
-        (ts.logsigmoid, F.logsigmoid, [x]),
         (ts.sigmoid_gate, gated, [x, gate]),
         (ts.sigmoid_gate, gated, [x, gate.contiguous()]),
         (ts.swiglu, lambda gate, up: F.silu(gate) * up, [x, gate]),

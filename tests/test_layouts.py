@@ -11,7 +11,7 @@ from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, assert_near, gradient, rando
 import torch_sigmoid
 from torch_sigmoid import ops
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 
 
 def memory_format(tensor):
