@@ -24,8 +24,8 @@ ORDERS = ("forward", "backward", "double backward")
 SLOTS_PER_BYTE = 62 / 8
 
 
-def emulator():
-    """The device that executes PTX, put in place for this process."""
+def machine():
+    """The machine that executes PTX, put in place for this process."""
     sys.path.insert(0, str(record.ROOT / "tests"))
     from ptx import device
 
@@ -89,7 +89,7 @@ def shape_of(operator: Operator) -> tuple[int, int]:
 
 
 def measure() -> list[dict]:
-    device = emulator()
+    device = machine()
     work = [
         (name, operator, label, dtype)
         for name, operator in operators().items()

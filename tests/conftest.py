@@ -168,7 +168,7 @@ def device(request):
 
 @pytest.fixture
 def kernels(request):
-    """How kernels run: `way`, `n_launches`, and the emulated device `ptx`, or None."""
+    """How kernels run: `way`, `n_launches`, and the machine that executes PTX, `ptx`, or None."""
     return request.config.kernels
 
 

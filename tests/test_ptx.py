@@ -300,12 +300,12 @@ KERNELS = Path(ts.__file__).parent.parent / "kernels"
 
 @pytest.fixture
 def ptx(kernels):
-    """The emulated device; as it was, afterwards."""
+    """The machine that executes PTX; as it was, afterwards."""
     if kernels.ptx is None:
         pytest.skip("needs --kernels=ptx")
     model = kernels.ptx.model
     yield kernels.ptx
-    kernels.ptx.rewrite = kernels.ptx.only = None
+    kernels.ptx.rewrite = kernels.ptx.only = kernels.ptx.reports = None
     kernels.ptx.model = model
 
 
@@ -321,6 +321,21 @@ def in_place_gradient():
     """SigLIP's backward writes gradients over the similarities."""
     features = [torch.randn(64, 32, requires_grad=True) for _ in range(2)]
     ts.siglip_loss(*features, torch.tensor(2.0, requires_grad=True), -1.0).backward()
+
+
+@pytest.mark.parametrize("stride", [1, 8])
+def test_a_launch_is_counted(stride, ptx):
+    """2,048 fp32 numbers, side by side or each in a sector of its own, read once and written densely."""
+    n = 2048
+    ptx.reports = []
+    ops.sigmoid_forward(torch.randn(n * stride)[::stride])
+    (report,) = ptx.reports
+    assert report.requested == report.ideal == {"load": 4 * n, "store": 4 * n}
+    assert report.fetched == report.sectors == {"load": 32 * n if stride == 8 else 4 * n, "store": 4 * n}
+    # Each warp issues every instruction of a kernel without branches once.
+    n_warps = report.programs * report.threads // 32
+    lengths = {len(program.instructions) for program in ptx.programs.values() if program.name == report.name}
+    assert report.instructions / n_warps in lengths
 
 
 def once(pattern, replacement):

@@ -68,11 +68,10 @@ class _Utils:
 
 
 class Device(CudaDriver):
-    """Triton's driver of the emulated GPU.
+    """Triton's driver of the machine that executes PTX.
 
     Attributes:
         model: the error of the approximate instructions.
-        n_launches: kernels executed so far.
         reports: a `Report` for each launch, if it is a list; None keeps none.
         only: `only(n_programs)` gives the programs to run, in place of all.
         rewrite: `rewrite(name, ptx)` gives the PTX to execute in place of a kernel's own.
@@ -86,7 +85,6 @@ class Device(CudaDriver):
         self.programs: dict[str, Program] = {}  # by PTX
         self.tensors: list[tuple] = []  # inputs and outputs of the launches under way
         self.model = EXACT
-        self.n_launches = 0
         self.reports = None
         self.only = None
         self.rewrite = None
@@ -153,7 +151,6 @@ class _Launch:
             only=None if device.only is None else device.only(n_programs),
             count_sectors=device.reports is not None,
         )
-        device.n_launches += 1
         if device.reports is not None:
             device.reports.append(report)
 
@@ -177,7 +174,7 @@ class _Launch:
 
 
 def activate(arch: int = 90) -> Device:
-    """Make kernels run on the emulated device, for tensors on a CPU.
+    """Make this machine run kernels, for tensors on a CPU.
 
     Args:
         arch: the compute capability that Triton compiles for: 80, 90 or 100.

@@ -54,7 +54,6 @@ class Program:
     instructions: list[Instruction]
     register_widths: dict[str, int]
     shared_symbols: frozenset[str]
-    text: str
     is_known: bool = False  # every instruction was found among those that can be executed
 
     def width_of_register(self, register: str) -> int:
@@ -100,7 +99,7 @@ def parse(text: str, entry: str | None = None) -> Program:
     if len(shared) > 1:
         raise PtxError(f"several symbols of shared memory are not known: {', '.join(sorted(shared))}")
     body = _Body(text, text.index("{", head.end()))
-    program = Program(head[1], parameters, body.instructions, body.widths, shared, text)
+    program = Program(head[1], parameters, body.instructions, body.widths, shared)
     for instruction in program.instructions:
         if instruction.name == "bra":
             (label,) = instruction.operands
