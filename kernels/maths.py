@@ -150,20 +150,15 @@ def rounded_to(bits, number):
 
 
 @triton.jit
-def product(ALPHA: tl.constexpr, x, ROUND_TO_16_BIT: tl.constexpr):
-    """ALPHA·x, and what its rounding has lost: up to |ALPHA·x| ulp of e^(ALPHA·x) in fp32, nothing that 16 bit would see."""
-    if ALPHA == 1.0:
-        return x, None
-    elif ROUND_TO_16_BIT:
-        return x * constant(ALPHA, x), None
-    else:
-        x = limited(x, ALPHA)
-        rounded = x * constant(ALPHA, x)
-        lost = tl.fma(x, constant(ALPHA, x), negative(rounded))
-        if x.dtype == tl.float32:
-            REST: tl.constexpr = ALPHA - rounded_to(24, ALPHA)
-            lost = tl.fma(x, REST, lost)
-        return rounded, lost
+def product(ALPHA: tl.constexpr, x):
+    """ALPHA·x, and what its rounding has lost: up to |ALPHA·x| ulp of e^(ALPHA·x)."""
+    x = limited(x, ALPHA)
+    rounded = x * constant(ALPHA, x)
+    lost = tl.fma(x, constant(ALPHA, x), negative(rounded))
+    if x.dtype == tl.float32:
+        REST: tl.constexpr = ALPHA - rounded_to(24, ALPHA)
+        lost = tl.fma(x, REST, lost)
+    return rounded, lost
 
 
 @triton.jit
@@ -238,8 +233,16 @@ def weighted(v, x, FUNCTION: tl.constexpr, ORDER: tl.constexpr, ROUND_TO_16_BIT:
     elif FUNCTION == LOGSIGMOID and ORDER == 2:
         return negative(weighted(v, x, SIGMOID, 1, ROUND_TO_16_BIT))
     else:
-        gate, lost = product(ALPHA, x, ROUND_TO_16_BIT)
-        e, scale = exp_minus_abs(gate, lost, ROUND_TO_16_BIT)
+        if ALPHA == 1.0:
+            gate = x
+            e, scale = exp_minus_abs(x, None, ROUND_TO_16_BIT)
+        elif ROUND_TO_16_BIT:
+            # What rounding the product loses is nothing that 16 bit would see.
+            gate = x * constant(ALPHA, x)
+            e, scale = exp_minus_abs(gate, None, ROUND_TO_16_BIT)
+        else:
+            gate, lost = product(ALPHA, x)
+            e, scale = exp_minus_abs(gate, lost, ROUND_TO_16_BIT)
         tail = e * scale
         one_plus = 1.0 + tail
         below = gate < 0.0

@@ -157,7 +157,7 @@ def _chosen(group, guard):
     return slice(None) if guard is None else np.flatnonzero(group.spread(guard))
 
 
-@rule("ld", "b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f32 f64", "param global shared v2 v4 nc")
+@rule("ld", "b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f32 f64", "param global shared ::cta v2 v4 nc")
 def _ld(group, instruction, guard):
     destination, source = instruction.operands
     width = width_of(instruction.type)
@@ -191,7 +191,7 @@ def _ld(group, instruction, guard):
         group.write(register, value, None if guard is None else group.spread(guard))
 
 
-@rule("st", "b8 b16 b32 b64 u8 u16 u32 u64 f32 f64", "global shared v2 v4")
+@rule("st", "b8 b16 b32 b64 u8 u16 u32 u64 f32 f64", "global shared ::cta v2 v4")
 def _st(group, instruction, guard):
     destination, source = instruction.operands
     width = width_of(instruction.type)
