@@ -255,8 +255,7 @@ def told_by_ranks(group, told: str) -> list[str]:
         return f"torch_sigmoid/siglip/{call}/{rank}"
 
     store.set(key(call, rank), told)
-    keys = [key(call, other) for other in range(size)]
-    found = store.multi_get(keys) if store.has_extended_api() else [store.get(each) for each in keys]
+    found = store.multi_get([key(call, other) for other in range(size)])
     if call > 1:
         # Every rank has begun this call, so all have read what was told at the last one.
         store.delete_key(key(call - 1, rank))
