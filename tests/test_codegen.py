@@ -85,6 +85,15 @@ def test_instructions_per_element_and_registers(operator, dtype, n):
     assert registers <= 32, "more would leave warps out of a multiprocessor"
 
 
+@pytest.mark.parametrize("operator", ["backward-from-input", "double-backward-from-input"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_takes_a_cheaper_arithmetic_than_fp32(operator, dtype):
+    narrow, wide = (
+        len(disassemble(compile_operator(operator, each, TARGETS["sm_90"], (EVEN,)))[0]) for each in (dtype, torch.float32)
+    )
+    assert narrow < 0.8 * wide
+
+
 ROW_LAYOUTS = {
     # Shape, and strides of input and output; whether rows start where 16-byte accesses may.
     "chunk-half": ((4096, 512), ((1024, 1), (512, 1)), True),

@@ -536,6 +536,14 @@ def test_in_place_modules_are_read_before_they_write(kind, device):
 
 
 @pytest.mark.ways("interpreter", "ptx")
+def test_by_default_a_unit_is_dead_after_ten_calls(device):
+    layer = nn.Sigmoid()
+    with watching(layer) as watch:
+        for call in range(1, 12):
+            run(layer, torch.full((3, 2), 9.0, device=device))
+            assert seen(watch)["dead_units"] == (2 if call >= 10 else 0)
+
+
 def test_units_are_dead_after_k_calls_and_revive(device):
     layer = nn.Sigmoid()
     x = torch.zeros(4, 3, device=device)

@@ -1,6 +1,7 @@
 """log-sigmoid, SiLU, GLU, sigmoid_gate and SwiGLU: right against float64, in every layout and every autograd mode."""
 
 import functools
+import math
 import pathlib
 
 import pytest
@@ -504,6 +505,15 @@ def test_operands_of_other_memory_formats_than_each_other(device):
 
     for ours, theirs in ((ts.swiglu, lambda gate, up: F.silu(gate) * up), (ts.sigmoid_gate, gated)):
         torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constants", [{"alpha": 1.702}, {"limit": 2.0}], ids=lambda constants: next(iter(constants)))
+def test_either_constant_alone_makes_the_clamped_form(constants, device):
+    gate, up = random((5, 6), torch.float64, device), random((5, 6), torch.float64, device, seed=1)
+    alpha, limit = constants.get("alpha", 1.0), constants.get("limit", math.inf)
+    close = gate.clamp(max=limit)
+    expected = close * torch.sigmoid(alpha * close) * (up.clamp(-limit, limit) + 1)
+    torch.testing.assert_close(ts.swiglu(gate, up, **constants), expected)
 
 
 @pytest.mark.ways("interpreter")

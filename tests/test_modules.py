@@ -1,6 +1,7 @@
 """The layer, replace and restore, intercept, sigmoid_."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -23,6 +24,27 @@ def test_the_layer_is_the_function(device, save):
     layer = Sigmoid(save=save)
     assert torch.equal(layer(x), torch_sigmoid.sigmoid(x))
     assert torch.equal(gradient(layer, x), gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x))
+
+
+FUNCTIONS_OF_MODULES = {
+    torch_sigmoid.Sigmoid: torch_sigmoid.sigmoid,
+    torch_sigmoid.SiLU: torch_sigmoid.silu,
+    torch_sigmoid.GLU: torch_sigmoid.glu,
+    torch_sigmoid.SwiGLU: torch_sigmoid.swiglu,
+    torch_sigmoid.BCEWithLogitsLoss: torch_sigmoid.binary_cross_entropy_with_logits,
+    torch_sigmoid.SigmoidFocalLoss: torch_sigmoid.sigmoid_focal_loss,
+    torch_sigmoid.SigLIPLoss: torch_sigmoid.siglip_loss,
+}
+
+
+@pytest.mark.parametrize("module", FUNCTIONS_OF_MODULES)
+def test_a_modules_defaults_are_its_functions(module):
+    of_module = inspect.signature(module).parameters
+    of_function = inspect.signature(FUNCTIONS_OF_MODULES[module]).parameters
+    shared = of_module.keys() & of_function.keys()
+    assert shared
+    for name in shared:
+        assert of_module[name].default == of_function[name].default, name
 
 
 def test_the_layer_is_a_drop_in():
