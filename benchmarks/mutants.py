@@ -9,7 +9,7 @@ Each mutant runs in a copy of the checkout, below runs/. It faces the tests that
 long: that kills the mutant, if the same test passes on the unchanged copy. A test that fails there takes no part, and
 mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at once, and the next run with the
 same seed continues there. Where nothing can tell a survivor from the original, write the reason into its column `equivalent`;
-later runs keep it.
+later runs keep it, and draw another mutant in its place.
 """
 
 import argparse
@@ -154,8 +154,8 @@ def change_of(before: str, after: str) -> str:
     return " → ".join(" ".join(" ".join(lines).split()) or "(nothing)" for lines in (old, new))
 
 
-def sample(seed: int, count: int) -> list[Mutant]:
-    """One mutant at each of `count` points of the checkout."""
+def sample(seed: int, count: int, equivalent: Iterable[str] = ()) -> list[Mutant]:
+    """One mutant at each of `count` points of the checkout, and what is equivalent to the original on the way there."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -172,7 +172,7 @@ def sample(seed: int, count: int) -> list[Mutant]:
                 name = rank(*place, operator, change)[:8]
                 drawn.append(Mutant(name, place[0], line, place[1], operator.removeprefix("core/"), change, code))
                 break
-        if len(drawn) == count:
+        if sum(mutant.id not in equivalent for mutant in drawn) == count:
             break
     return drawn
 
@@ -306,9 +306,9 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for the results (default: benchmarks/results)")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once, a core each (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    mutants = sample(arguments.seed, arguments.count)
     path = arguments.out / "mutants.csv"
     known = read_rows(path)
+    mutants = sample(arguments.seed, arguments.count, {name for name, row in known.items() if row["equivalent"]})
     if arguments.again:
         known = {name: row for name, row in known.items() if row["outcome"] != "survived" or row["equivalent"]}
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,8 @@ def main(argv=None) -> int:
         arguments.out, "mutants", rows, record.environment(torch.device("cpu")), seed=arguments.seed, **counts, red=left_out
     )
     record.show("Survivors", survivors, ["id", "file", "line", "change", "equivalent"])
-    print(f"{counts['killed']} of {len(rows)} mutants killed; {counts['equivalent']} of the survivors are equivalent")
+    total = len(rows) - counts["equivalent"]
+    print(f"{counts['killed']} of {total} mutants killed; {counts['equivalent']} more are equivalent to the original")
     return 0
 
 
