@@ -67,7 +67,7 @@ CONCERNED = {
     "torch_sigmoid/gates.py": ("device gates", "ptx gates"),
     "torch_sigmoid/losses.py": ("device losses", "ptx losses"),
     "torch_sigmoid/nn.py": ("device modules errors gates losses siglip", "ptx modules"),
-    "torch_sigmoid/ops.py": ("device backward launch tensors tracing", "ptx backward autograd", "interpreter autograd tensors"),
+    "torch_sigmoid/ops.py": ("device backward launch tensors tracing", "ptx backward autograd", "interpreter modules tensors"),
     "torch_sigmoid/siglip.py": ("device siglip", "ptx siglip"),
     "torch_sigmoid/statistics.py": ("device diagnostics", "ptx diagnostics"),
     "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
