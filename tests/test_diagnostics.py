@@ -544,6 +544,7 @@ def test_by_default_a_unit_is_dead_after_ten_calls(device):
             assert seen(watch)["dead_units"] == (2 if call >= 10 else 0)
 
 
+@pytest.mark.ways("interpreter", "ptx")
 def test_units_are_dead_after_k_calls_and_revive(device):
     layer = nn.Sigmoid()
     x = torch.zeros(4, 3, device=device)
