@@ -52,19 +52,27 @@ def compile_launch(launcher, inputs, outputs, target):
 
     _, arguments = launcher.arrange(inputs, outputs)
     signature, constexprs, attributes = {}, {}, {}
-    values = (*inputs, *outputs, *arguments, *launcher.constants)
-    for index, (parameter, value) in enumerate(zip(launcher.kernel.params, values, strict=True)):
-        specialised = not (parameter.is_constexpr or parameter.do_not_specialize)
+
+    def describe(value, path, specialised):
+        """The type of an argument, or of what is at this path of indices inside it."""
+        if isinstance(value, tuple):
+            return tuple(describe(each, (*path, index), specialised) for index, each in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = (POINTERS | INTEGERS)[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (specialised and value == 1):
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
+            attributes[path] = [["tt.divisibility", 16]]
+            return (POINTERS | INTEGERS)[value.dtype]
+        if value is None or isinstance(value, triton.language.constexpr) or (specialised and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if specialised and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 2**31 else "i64"
+
+    values = (tuple(inputs), tuple(outputs), *arguments, *launcher.constants)
+    for index, (parameter, value) in enumerate(zip(launcher.kernel.params, values, strict=True)):
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if specialised and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = describe(value, (index,), not parameter.do_not_specialize)
     source = ASTSource(launcher.kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options={"num_warps": launch.NUM_WARPS, "enable_fp_fusion": True})
 

@@ -12,7 +12,7 @@ try:
 
     from . import gates, losses, siglip
     from .maths import INTERPRETED
-    from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward, warmup
+    from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward
     from .statistics import add_activation, add_squares
 except Exception as error:  # missing, too old, or failing while it is imported
     UNAVAILABLE = f"Triton cannot be used ({type(error).__name__}: {error})"
@@ -32,5 +32,4 @@ __all__ = [
     "sigmoid_backward",
     "sigmoid_double_backward",
     "sigmoid_forward",
-    "warmup",
 ]

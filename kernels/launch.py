@@ -1,181 +1,69 @@
-"""Where blocks, warps, strides, offset width, alignment and devices are decided; no other file knows of them.
+"""Where blocks, warps, strides, offset width, alignment and devices are decided; no other file on the host knows of them.
 
-A launch sees its tensors, all of one shape, as a matrix of rows and columns, each tensor with its own two strides. Most
-launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice or a
-`chunk` half becomes a true matrix, an expanded tensor has a column stride of None, and what needs three dimensions is copied.
-
-A program handles one tile of that matrix, in two parts. The body covers the columns up to the last multiple of 16, so the
-compiler may prove that neighbouring lanes share their mask and move 16 bytes an access whatever the width. The tail, 16
-columns wide, covers the rest. A program without one of them skips it, by a branch that all its threads take alike.
+A launch walks its tensors, all of one shape, as matrices of rows and columns, each tensor with its own three strides (tiles.py).
+Most launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice, a `chunk`
+half or a broadcast operand makes rows or matrices of it, and what needs a fourth dimension is copied.
 """
 
 import contextlib
 import math
-import os
-import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from triton import knobs
-from triton.runtime import driver
 
-from .maths import INTERPRETED, upcast
+from .kept import Cache, relaunch
+from .maths import INTERPRETED
+from .tiles import TAIL_COLUMNS
 
 # 1024 elements over 4 warps are 8 a thread: one 16-byte access in 16 bit, two in fp32.
 TILE_ELEMENTS = 1024
-# Neither decides how a kernel is compiled: a width of 1 or a multiple of 16 is no case of its own.
-SIZES = ["n_rows", "n_columns"]
 # The interpreter pays per program more than per element.
 INTERPRETED_TILE_ELEMENTS = 65536
 NUM_WARPS = 4
-TAIL_COLUMNS = tl.constexpr(16)
 INT32_MAX = 2**31 - 1
-# `CompiledKernel.run` is no public interface; these versions were read and tried. Others launch by `kernel[grid]`.
-KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
-# Of a tensor that is only read. `data_ptr`, all that an older torch has, would copy what `torch._lazy_clone` has made.
+# For a tensor that is only read: `data_ptr`, all that an older torch has, would copy what `torch._lazy_clone` has made.
 address_of = getattr(torch.Tensor, "const_data_ptr", torch.Tensor.data_ptr)
-# Of one operator: a network has dozens of shapes, and an entry takes about a kilobyte.
-MAX_KEPT = 4096
+
+Strides = tuple[int, ...]
 
 
-@triton.jit
-def select_tile(
-    n_rows,
-    n_columns,
-    TAIL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    USE_INT64: tl.constexpr,
-    index=None,
-):
-    """Whether a tile has such a part, and the part: rows, columns, row mask and mask. The tile is the program's if not given.
+class Walk(NamedTuple):
+    """How a kernel walks its tensors, see tiles.py; `strides` holds three a tensor."""
 
-    For a single row (`n_rows` None) the compiler folds the rows away.
-    """
-    program = tl.program_id(0) if index is None else index
-    if USE_INT64:
-        program = program.to(tl.int64)
-        n_columns = n_columns.to(tl.int64)
-    column_blocks = tl.cdiv(n_columns, BLOCK_COLUMNS)
-    first_column = (program if n_rows is None else program % column_blocks) * BLOCK_COLUMNS
-    n_body_columns = n_columns // TAIL_COLUMNS * TAIL_COLUMNS
-    if TAIL:
-        # Only the last block of a row reaches past n_body_columns.
-        end = tl.minimum(n_columns, first_column + BLOCK_COLUMNS)
-        present = n_body_columns < end
-        columns = (n_body_columns + tl.arange(0, TAIL_COLUMNS))[None, :]
-        mask = columns < end
-    else:
-        present = first_column < n_body_columns
-        columns = (first_column + tl.arange(0, BLOCK_COLUMNS))[None, :]
-        mask = columns < n_body_columns
-    if n_rows is None:
-        rows = tl.zeros((1, 1), tl.int32)
-        return present, (rows, columns, rows == 0, mask)
-    else:
-        rows = (program // column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-        row_mask = rows < n_rows
-        return present, (rows, columns, row_mask, row_mask & mask)
-
-
-@triton.jit
-def load_as_stored(pointer, row_stride, column_stride, tile):
-    """The tile's values; an expanded tensor is read once a row."""
-    rows, columns, row_mask, mask = tile
-    pointer += rows if row_stride is None else rows * row_stride
-    if column_stride is None:
-        return tl.load(pointer, mask=row_mask)
-    else:
-        return tl.load(pointer + columns * column_stride, mask=mask)
-
-
-@triton.jit
-def load_tile(pointer, row_stride, column_stride, tile):
-    """The tile's values, upcast for arithmetic."""
-    return upcast(load_as_stored(pointer, row_stride, column_stride, tile))
-
-
-@triton.jit
-def store_tile(pointer, row_stride, column_stride, tile, values):
-    """Rounds once, to the dtype behind the pointer."""
-    rows, columns, _, mask = tile
-    pointer += rows if row_stride is None else rows * row_stride
-    tl.store(pointer + columns * column_stride, values.to(pointer.dtype.element_ty), mask=mask)
-
-
-def _keep(compiled, programs, arguments) -> tuple:
-    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run.
-
-    The compilation itself is among it: since Triton 3.8 its module is unloaded when nothing refers to it.
-    """
-    current_device = driver.active.get_current_device
-    if current_device is torch.cuda.current_device:
-        # The same without its check for initialisation, which a tensor on the device has answered.
-        current_device = torch._C._cuda_getDevice
-    launch, packs = compiled.run, False
-    fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
-    if _only_appends(launch):
-        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)  # and no scratch memory
-        fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
-        launch, packs = launch.launch, True
-    where = current_device, driver.active.get_current_stream, driver.active
-    return launch, packs, compiled.function, fixed, arguments, programs, *where, compiled
-
-
-def _only_appends(launch) -> bool:
-    """Whether this is the CudaLauncher of Triton 3.7 or later, and does no more than to append arguments of its own."""
-    return (
-        type(launch).__name__ == "CudaLauncher"
-        and hasattr(launch, "kernel_signature")
-        and not (launch.global_scratch_size or launch.profile_scratch_size or getattr(launch, "gsan_enabled", False))
-    )
-
-
-def _watched(kernel) -> bool:
-    """Whether a hook or a debugger expects launches to pass through Triton's own entry."""
-    runtime = knobs.runtime
-    try:
-        return bool(
-            runtime.launch_enter_hook.calls
-            or runtime.launch_exit_hook.calls
-            or kernel.pre_run_hooks
-            or runtime.debug
-            or runtime.add_stages_inspection_hook
-        )
-    except AttributeError:  # someone has put another object in the place of Triton's chain of hooks
-        return True
-
-
-class Plan(NamedTuple):
-    """How a kernel walks its tensors. `n_rows` is None for a single row, a column stride None for an expanded tensor."""
-
-    n_rows: int | None
-    n_columns: int
-    row_strides: tuple[int | None, ...]
-    column_strides: tuple[int | None, ...]
+    sizes: tuple[int | None, int | None, int]
+    strides: tuple[tuple[int | None, int | None, int | None], ...]
     block_rows: int
     block_columns: int
     use_int64: bool
 
     @property
-    def programs(self) -> int:
-        return triton.cdiv(self.n_rows or 1, self.block_rows) * triton.cdiv(self.n_columns, self.block_columns)
+    def blocks(self) -> tuple[int, int, int]:
+        """The number of matrices, and of blocks of rows and of columns in each."""
+        n_matrices, n_rows, n_columns = self.sizes
+        return n_matrices or 1, triton.cdiv(n_rows or 1, self.block_rows), triton.cdiv(n_columns, self.block_columns)
+
+    @property
+    def tiles(self) -> int:
+        return math.prod(self.blocks)
+
+    @property
+    def arguments(self) -> tuple:
+        return self.strides, self.sizes, self.block_rows, self.block_columns, self.use_int64
 
 
-def needs_int64(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:
+def needs_int64(shape: Strides, strides: tuple[Strides, ...]) -> bool:
     """Whether an element's offset in any of the tensors, or an index up to a tile past the end, exceeds 32 bits."""
     reach = max(math.prod(shape) - 1, *(sum((size - 1) * stride for size, stride in zip(shape, own)) for own in strides))
     return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS
 
 
-def coalesce(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]):
-    """The fewest dimensions, outermost first in the last tensor's storage order, that address every tensor by strides."""
-    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[-1][d])
+def coalesce(shape: Strides, strides: tuple[Strides, ...], leading: int = -1):
+    """The fewest dimensions that address every tensor by strides, outermost first in the storage order of the leading one."""
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[leading][d])
     sizes: list[int] = []
-    steps: list[tuple[int, ...]] = []
+    steps: list[Strides] = []
     for d in order:
         step = tuple(own[d] for own in strides)
         if steps and steps[-1] == tuple(shape[d] * inner for inner in step):
@@ -187,36 +75,47 @@ def coalesce(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]):
     return sizes or [1], steps or [(1,) * len(strides)]
 
 
-def tile_shape(n_rows: int, n_columns: int, transposed: bool) -> tuple[int, int]:
+def tile_shape(n_rows: int, n_columns: int, transposed: bool = False, narrowed: int = 1) -> tuple[int, int]:
     """Rows and columns of a tile: the widest that wastes at most an eighth of its lanes, but no narrower than the tail.
 
-    A tile is square to read a transpose.
+    A tile is square to read a transpose; `narrowed` leaves as many rows at least, for the threads of a program to share.
     """
     large = INTERPRETED and n_rows * n_columns > INTERPRETED_TILE_ELEMENTS // 4
     elements = INTERPRETED_TILE_ELEMENTS if large else TILE_ELEMENTS
-    if n_rows == 1:
-        return 1, elements
     if transposed:
         side = 1 << (elements.bit_length() // 2)
         return elements // side, side
-    width = elements
-    while width > TAIL_COLUMNS.value and triton.cdiv(n_columns, width) * width * 8 > n_columns * 9:
+    width = elements // narrowed
+    while n_rows > 1 and width > TAIL_COLUMNS.value and triton.cdiv(n_columns, width) * width * 8 > n_columns * 9:
         width //= 2
     return elements // width, width
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Plan | None:
-    """The plan for tensors of one shape and these strides, the last an output; None where a copy must come first."""
-    sizes, steps = coalesce(shape, strides)
-    if len(sizes) > 2:
+def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1) -> Walk | None:
+    """The walk over tensors of one shape and these strides, in the order of the leading one; None where copies must come first."""
+    sizes, steps = coalesce(shape, strides, leading)
+    if len(sizes) > 3:
         return None
-    use_int64 = needs_int64(shape, strides)
-    column_strides = tuple(stride or None for stride in steps[-1])
-    if len(sizes) == 1:
-        return Plan(None, sizes[0], (None,) * len(strides), column_strides, *tile_shape(1, sizes[0], False), use_int64)
-    transposed = any(row == 1 and column > 1 for row, column in zip(*steps))
-    return Plan(*sizes, steps[0], column_strides, *tile_shape(*sizes, transposed), use_int64)
+    transposed = len(sizes) > 1 and any(row == 1 and column > 1 for row, column in zip(*steps[-2:]))
+    n_rows = sizes[-2] if len(sizes) > 1 else 1
+    tile = tile_shape(n_rows * (sizes[0] if len(sizes) > 2 else 1), sizes[-1], transposed) if n_rows > 1 else tile_shape(1, sizes[-1])
+    missing = (None,) * (3 - len(sizes))
+    of_each = tuple((*missing, *(stride or None for stride in own)) for own in zip(*steps))
+    return Walk((*missing, *sizes), of_each, *tile, needs_int64(shape, strides))
+
+
+def strides_of(tensors) -> tuple[Strides, ...]:
+    return tuple(tensor.stride() for tensor in tensors)
+
+
+def dense_alike(tensors, like):
+    """The tensors as copies in the memory format of `like`, but for those that have it."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return tuple(
+        tensor if tensor is None or tensor.stride() == strides else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        for tensor in tensors
+    )
 
 
 def _on_device_of(tensor):
@@ -227,23 +126,27 @@ def _on_device_of(tensor):
     return contextlib.nullcontext() if module.current_device() == tensor.get_device() else module.device(tensor.device)
 
 
-def element_by_element(inputs, outputs) -> tuple[int, tuple] | None:
-    """The programs and arguments of a kernel over tensors of one shape; None where a copy must come first.
-
-    The arguments are the tensors' row strides, their column strides, `n_rows`, `n_columns`, BLOCK_ROWS, BLOCK_COLUMNS and
-    USE_INT64.
-    """
-    chosen = plan(outputs[0].shape, tuple(tensor.stride() for tensor in (*inputs, *outputs)))
-    if chosen is None:
+def element_by_element(inputs, outputs):
+    """The programs and arguments of a kernel over tensors of one shape; None where copies must come first."""
+    existing = [tensor for tensor in inputs if tensor is not None]
+    walk = plan(outputs[0].shape, strides_of((*existing, *outputs)))
+    if walk is None:
         return None
-    sizes = chosen.n_rows, chosen.n_columns
-    tile = chosen.block_rows, chosen.block_columns, chosen.use_int64
-    return chosen.programs, (*chosen.row_strides, *chosen.column_strides, *sizes, *tile)
+    return walk.tiles, (*with_gaps(walk, inputs).arguments, len(inputs))
+
+
+def with_gaps(walk: Walk, inputs) -> Walk:
+    """The walk with strides for the inputs that are None, too."""
+    if None not in inputs:
+        return walk
+    strides = iter(walk.strides)
+    of_inputs = tuple((None,) * 3 if tensor is None else next(strides) for tensor in inputs)
+    return walk._replace(strides=(*of_inputs, *strides))
 
 
 def _read_only(tensor):
     """The tensor for Triton, which calls `data_ptr`: one made by `torch._lazy_clone` as a plain tensor over its memory."""
-    if not torch._C._is_cow_tensor(tensor):
+    if tensor is None or not torch._C._is_cow_tensor(tensor):
         return tensor
     offset = tensor.storage_offset()
     start = address_of(tensor) - offset * tensor.itemsize
@@ -251,30 +154,17 @@ def _read_only(tensor):
     return tensor.new_empty(0).set_(storage, offset, tensor.shape, tensor.stride())
 
 
-_launchers: weakref.WeakSet["Launcher"] = weakref.WeakSet()
-
-
-def _forget_kept():
-    """In the child of a fork, which a CUDA context does not survive, nor do the functions loaded into it."""
-    for launcher in _launchers:
-        launcher.kept.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_kept)
-
-
 class Launcher:
     """A kernel with its constants, called with tensors on one device; what it compiles is kept.
 
-    The kernel takes the tensors, what `arrange(inputs, outputs)` gives beside the number of programs, and the constants.
+    The kernel takes the inputs and the outputs, a tuple each, what `arrange(inputs, outputs)` gives beside the number of
+    programs, and the constants. An input may be None, but not the first.
 
-    Triton's own `kernel[grid](...)` looks up its compilation by every argument, at several times the cost of the launch. The
-    key here is what that lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes (sizes, their
-    divisibility and the width of offsets follow from the shape). The first launch of a key goes through `kernel[grid]`,
-    and so does each that hooks watch, that is meant for another device than the current one, or whose driver has changed.
-
-    With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the inputs'.
+    The key of what is kept is what Triton's lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes
+    (sizes, their divisibility and the width of offsets follow from the shape). The first launch of a key goes through
+    `kernel[grid]`, and so does each that hooks watch, that is meant for another device than the current one, or whose driver
+    has changed. With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the
+    inputs'.
     """
 
     def __init__(self, kernel, *constants, arrange=element_by_element, layouts_follow=True):
@@ -282,58 +172,47 @@ class Launcher:
         self.constants = constants
         self.arrange = arrange
         self.layouts_follow = layouts_follow
-        self.kept: dict[tuple, tuple] = {}
-        _launchers.add(self)
+        self.kept = Cache()
 
     def __call__(self, inputs, outputs):
         """Run over `inputs`, writing `outputs`."""
         first = inputs[0]
         device = first.get_device()
         key = [device, first.shape]
-        pointers = []
+        read, written = [], []
         for tensor in inputs:
+            if tensor is None:
+                read.append(None)
+                key.append(None)
+                continue
             pointer = address_of(tensor)
-            pointers.append(pointer)
+            read.append(pointer)
             key += tensor.dtype, tensor.stride(), pointer & 15
         for tensor in outputs:
             pointer = tensor.data_ptr()
-            pointers.append(pointer)
+            written.append(pointer)
             key.append(pointer & 15)
         if not self.layouts_follow:
             for tensor in (*inputs, *outputs):
-                key += tensor.shape, tensor.stride(), tensor.dtype
+                if tensor is not None:
+                    key += tensor.shape, tensor.stride(), tensor.dtype
         key = tuple(key)
         kept = self.kept.get(key)
-        if kept is not None:
-            launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
-            if current_device() == device and driver.active is compiled_for and not _watched(self.kernel):
-                if packs:
-                    launch(programs, 1, 1, current_stream(device), function, *fixed, (*pointers, *arguments))
-                else:
-                    launch(programs, 1, 1, current_stream(device), function, *fixed, *pointers, *arguments)
-                return
-        self._launch(key, inputs, outputs)
+        if kept is None or not relaunch(kept, self.kernel, device, tuple(read), tuple(written)):
+            self._launch(key, inputs, outputs)
 
     def _launch(self, key, inputs, outputs):
-        """Through `kernel[grid]`, keeping the compilation; what no plan covers is copied first."""
+        """Through `kernel[grid]`, keeping the compilation; what no walk covers is copied first."""
         if outputs[0].numel() == 0:
             return
         arranged = self.arrange(inputs, outputs)
         if arranged is None:
-            assert self.arrange(outputs, outputs) is not None, "the outputs must amount to rows and columns"
-            strides = outputs[0].stride()
-            dense = (
-                tensor if tensor.stride() == strides else torch.empty_like(outputs[0], dtype=tensor.dtype).copy_(tensor)
-                for tensor in inputs
-            )
-            return self(tuple(dense), outputs)
+            assert self.arrange(outputs, outputs) is not None, "the outputs must make one walk"
+            return self(dense_alike(inputs, outputs[0]), outputs)
         programs, arguments = arranged
         arguments += self.constants
         with _on_device_of(outputs[0]):
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
             options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-            compiled = self.kernel[(programs,)](*map(_read_only, inputs), *outputs, *arguments, **options)
-            if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
-                if len(self.kept) >= MAX_KEPT:
-                    self.kept.clear()
-                self.kept[key] = _keep(compiled, programs, arguments)
+            compiled = self.kernel[(programs,)](tuple(map(_read_only, inputs)), tuple(outputs), *arguments, **options)
+            self.kept.add(key, compiled, programs, arguments)

@@ -196,6 +196,15 @@ def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
 
 
 @triton.jit
+def divided(value, by):
+    """The correctly rounded quotient."""
+    if value.dtype == tl.float64:
+        return value / by
+    else:
+        return tl.div_rn(value, by)
+
+
+@triton.jit
 def log_one_plus(e, scale, ROUND_TO_16_BIT: tl.constexpr):
     """log(1 + e·scale)/scale for e in [0, 1], where scale is 1 or so small that this is e.
 

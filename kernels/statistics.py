@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 
 from . import maths
-from .launch import SIZES, Launcher, load_tile, needs_int64, plan, select_tile, store_tile, tile_shape
+from .launch import Launcher, plan
+from .pointwise import pointwise
+from .reduce import programs_for
+from .tiles import addresses, count_tiles, load, place_of, select_part
 
 # The derivatives, by the number that selects one in a kernel; the first three are numbered as in maths.py.
 DERIVATIVES = ("sigmoid", "silu", "logsigmoid", "tanh", "relu", "hardsigmoid")
@@ -52,66 +55,63 @@ def count(mask):
     return tl.sum(mask.to(tl.int32)).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "n_units"])
+@triton.jit(do_not_specialize=["sizes"])
 def activation_kernel(
-    x_ptr,
-    bounds_ptr,
-    partials_ptr,
-    alive_ptr,
-    x_row_stride,
-    x_column_stride,
-    n_rows,
-    n_columns,
-    n_units,
-    UNITS_ARE_COLUMNS: tl.constexpr,
+    inputs,
+    outputs,
+    strides,
+    sizes,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
     KIND: tl.constexpr,
 ):
+    """`strides` are those of x and of `alive`, which does not move where x has more elements than units."""
+    x_ptr, bounds_ptr = inputs
+    partials_ptr, alive_ptr = outputs
     zero = tl.full((), 0.0, tl.float64)
     n = zero
     n_saturated = zero
     n_lost = zero
-    total = zero
+    sum_of_slopes = zero
     smallest = tl.full((), float("inf"), tl.float64)
-    for TAIL in tl.static_range(2):
-        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        if present:
-            rows, columns, _, mask = tile
-            x = load_tile(x_ptr, x_row_stride, x_column_stride, tile)
-            slope = tl.abs(derivative(x, KIND)).to(tl.float64)
-            saturated = within(x, bounds_ptr) & mask
-            n += count(mask)
-            n_saturated += count(saturated)
-            n_lost += count(within(x, bounds_ptr + 4) & mask)
-            total += tl.sum(tl.where(mask, slope, 0.0))
-            # A NaN is no minimum, on any device.
-            smallest = tl.minimum(smallest, tl.min(tl.where(mask & (slope >= 0.0), slope, float("inf"))))
-            # Programs that share a unit store the same 1.
-            alive = (mask & (saturated == 0)).to(tl.int32)
-            if UNITS_ARE_COLUMNS:
-                any_alive = tl.max(alive, axis=0, keep_dims=True)
-                tl.store(alive_ptr + columns, any_alive.to(tl.float32), mask=any_alive == 1)
-            else:
-                any_alive = tl.max(alive, axis=1, keep_dims=True)
-                tl.store(alive_ptr + rows % n_units, any_alive.to(tl.float32), mask=any_alive == 1)
+    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS), tl.num_programs(0)):
+        place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        for TAIL in tl.static_range(2):
+            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+            if present:
+                mask = part[5]
+                x = load(x_ptr, strides[0], part)
+                slope = tl.abs(derivative(x, KIND)).to(tl.float64)
+                saturated = within(x, bounds_ptr) & mask
+                n += count(mask)
+                n_saturated += count(saturated)
+                n_lost += count(within(x, bounds_ptr + 4) & mask)
+                sum_of_slopes += tl.sum(tl.where(mask, slope, 0.0))
+                # A NaN is no minimum, on any device.
+                smallest = tl.minimum(smallest, tl.min(tl.where(mask & (slope >= 0.0), slope, float("inf"))))
+                alive = (mask & (saturated == 0)).to(tl.int32)
+                if strides[1][1] is None:
+                    alive = tl.max(alive, axis=0, keep_dims=True)
+                if strides[1][2] is None:
+                    alive = tl.max(alive, axis=1, keep_dims=True)
+                places, _ = addresses(alive_ptr, strides[1], part)
+                # Programs that share a unit store the same 1.
+                tl.store(places, alive.to(tl.float32), mask=alive == 1)
     partials_ptr += tl.program_id(0) * ACTIVATION_COLUMNS
     tl.store(partials_ptr, n)
     tl.store(partials_ptr + 1, n_saturated)
     tl.store(partials_ptr + 2, n_lost)
-    tl.store(partials_ptr + 3, total)
+    tl.store(partials_ptr + 3, sum_of_slopes)
     tl.store(partials_ptr + 4, smallest)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["sizes"])
 def squares_kernel(
-    g_ptr,
-    partials_ptr,
-    g_row_stride,
-    g_column_stride,
-    n_rows,
-    n_columns,
+    inputs,
+    outputs,
+    strides,
+    sizes,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -119,26 +119,30 @@ def squares_kernel(
     squares = tl.full((), 0.0, tl.float64)
     n = tl.full((), 0.0, tl.float64)
     n_not_finite = tl.full((), 0.0, tl.float64)
-    for TAIL in tl.static_range(2):
-        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        if present:
-            _, _, _, mask = tile
-            g = load_tile(g_ptr, g_row_stride, g_column_stride, tile).to(tl.float64)
-            finite = tl.abs(g) < float("inf")
-            squares += tl.sum(tl.where(mask & finite, g * g, 0.0))
-            n += count(mask)
-            n_not_finite += count(mask & (finite == 0))
-    partials_ptr += tl.program_id(0) * SQUARES_COLUMNS
+    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS), tl.num_programs(0)):
+        place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        for TAIL in tl.static_range(2):
+            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+            if present:
+                mask = part[5]
+                g = load(inputs[0], strides[0], part).to(tl.float64)
+                finite = tl.abs(g) < float("inf")
+                squares += tl.sum(tl.where(mask & finite, g * g, 0.0))
+                n += count(mask)
+                n_not_finite += count(mask & (finite == 0))
+    partials_ptr = outputs[0] + tl.program_id(0) * SQUARES_COLUMNS
     tl.store(partials_ptr, squares)
     tl.store(partials_ptr + 1, n)
     tl.store(partials_ptr + 2, n_not_finite)
 
 
 @triton.jit(do_not_specialize=["n_partials"])
-def fold_kernel(
-    partials_ptr, totals_ptr, n_partials, N_SUMS: tl.constexpr, HAS_MINIMUM: tl.constexpr, BLOCK_SIZE: tl.constexpr
+def add_to_totals_kernel(
+    inputs, outputs, n_partials, N_SUMS: tl.constexpr, HAS_MINIMUM: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """Adds each column of the partials to its total; the last column is a minimum where HAS_MINIMUM."""
+    (partials_ptr,) = inputs
+    (totals_ptr,) = outputs
     N_COLUMNS: tl.constexpr = N_SUMS + HAS_MINIMUM
     rows = tl.arange(0, BLOCK_SIZE)
     for column in tl.static_range(N_SUMS):
@@ -156,73 +160,29 @@ def fold_kernel(
         tl.store(totals_ptr + N_SUMS, tl.minimum(tl.load(totals_ptr + N_SUMS), tl.min(smallest)))
 
 
-@triton.jit(do_not_specialize=SIZES)
-def streak_kernel(
-    alive_ptr,
-    streak_ptr,
-    new_alive_ptr,
-    new_streak_ptr,
-    alive_row_stride,
-    streak_row_stride,
-    new_alive_row_stride,
-    new_streak_row_stride,
-    alive_column_stride,
-    streak_column_stride,
-    new_alive_column_stride,
-    new_streak_column_stride,
-    n_rows,
-    n_columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    USE_INT64: tl.constexpr,
-):
-    """One batch more for a unit in which nothing was alive, none for the others; and `alive` is cleared for the next."""
-    for TAIL in tl.static_range(2):
-        present, tile = select_tile(n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        if present:
-            alive = load_tile(alive_ptr, alive_row_stride, alive_column_stride, tile)
-            streak = load_tile(streak_ptr, streak_row_stride, streak_column_stride, tile)
-            store_tile(new_alive_ptr, new_alive_row_stride, new_alive_column_stride, tile, alive * 0.0)
-            streak = tl.where(alive > 0.0, 0.0, streak + 1.0)
-            store_tile(new_streak_ptr, new_streak_row_stride, new_streak_column_stride, tile, streak)
+@triton.jit
+def streak_formula(alive, streak, ROUND_TO_16_BIT: tl.constexpr):
+    """`alive` cleared for the next batch; one batch more for a unit in which nothing was alive, none for the others."""
+    return alive * 0.0, tl.where(alive > 0.0, 0.0, streak + 1.0)
 
 
-def as_matrix(shape: tuple[int, ...], strides: tuple[int, ...]):
-    """(outer, units, inner) as a matrix: its sizes, its strides, and whether its columns are the units.
-
-    None if it is none, because outer and units do not lie in one stride.
-    """
-    (outer, units, inner), (outer_stride, unit_stride, inner_stride) = shape, strides
-    if inner == 1:
-        return (outer, units), (outer_stride, unit_stride), True
-    if outer == 1 or outer_stride == units * unit_stride:
-        return (outer * units, inner), (unit_stride, inner_stride), False
-    return None
-
-
-def _tiles(n_rows, n_columns):
-    block_rows, block_columns = tile_shape(n_rows, n_columns, transposed=False)
-    return block_rows, block_columns, triton.cdiv(n_rows, block_rows) * triton.cdiv(n_columns, block_columns)
+def _activation_walk(x):
+    """Over (outer, units, inner), along with a number for each unit."""
+    return plan(x.shape, (x.stride(), (0, 1, 0)), leading=0)
 
 
 def _arrange_activation(inputs, outputs):
-    x = inputs[0]
-    sizes, strides, units_are_columns = as_matrix(x.shape, x.stride())
-    block_rows, block_columns, programs = _tiles(*sizes)
-    use_int64 = needs_int64(sizes, (strides,))
-    # A column stride of None would stand for an expanded tensor, which is read once a row; here each x counts.
-    return programs, (*strides, *sizes, x.shape[1], units_are_columns, block_rows, block_columns, use_int64)
+    walk = _activation_walk(inputs[0])
+    return programs_for(walk.tiles), walk.arguments
 
 
-def _squares_plan(g):
+def _squares_walk(g):
     return plan(g.shape, (g.stride(),))
 
 
 def _arrange_squares(inputs, outputs):
-    chosen = _squares_plan(inputs[0])
-    strides = *chosen.row_strides, chosen.column_strides[0] or 0
-    sizes = chosen.n_rows, chosen.n_columns
-    return chosen.programs, (*strides, *sizes, chosen.block_rows, chosen.block_columns, chosen.use_int64)
+    walk = _squares_walk(inputs[0])
+    return programs_for(walk.tiles), walk.arguments
 
 
 def _arrange_fold(inputs, outputs):
@@ -231,9 +191,13 @@ def _arrange_fold(inputs, outputs):
 
 _activation = {kind: Launcher(activation_kernel, index, arrange=_arrange_activation) for index, kind in enumerate(DERIVATIVES)}
 _squares = Launcher(squares_kernel, arrange=_arrange_squares)
-_fold_activation = Launcher(fold_kernel, ACTIVATION_COLUMNS.value - 1, True, FOLD_BLOCK, arrange=_arrange_fold)
-_fold_squares = Launcher(fold_kernel, SQUARES_COLUMNS.value, False, FOLD_BLOCK, arrange=_arrange_fold)
-_streak = Launcher(streak_kernel)
+_fold_activation = Launcher(add_to_totals_kernel, ACTIVATION_COLUMNS.value - 1, True, FOLD_BLOCK, arrange=_arrange_fold)
+_fold_squares = Launcher(add_to_totals_kernel, SQUARES_COLUMNS.value, False, FOLD_BLOCK, arrange=_arrange_fold)
+_streak = pointwise(streak_formula)
+
+
+def _partials(x, walk, columns):
+    return torch.empty(programs_for(walk.tiles), columns.value, dtype=torch.float64, device=x.device)
 
 
 def add_activation(x, kind, bounds, totals, alive, streak):
@@ -242,12 +206,7 @@ def add_activation(x, kind, bounds, totals, alive, streak):
     `x` is (outer, units, inner); `bounds` are its BOUNDS in the dtype of the arithmetic; `totals` are ACTIVATION_COLUMNS
     fp64 numbers; `alive` (zeros) and `streak` are fp32, one a unit.
     """
-    matrix = as_matrix(x.shape, x.stride())
-    if matrix is None:
-        x = x.contiguous()
-        matrix = as_matrix(x.shape, x.stride())
-    *_, programs = _tiles(*matrix[0])
-    partials = torch.empty(programs, ACTIVATION_COLUMNS.value, dtype=torch.float64, device=x.device)
+    partials = _partials(x, _activation_walk(x), ACTIVATION_COLUMNS)
     _activation[kind]((x, bounds), (partials, alive))
     _fold_activation((partials,), (totals,))
     _streak((alive, streak), (alive, streak))
@@ -255,10 +214,8 @@ def add_activation(x, kind, bounds, totals, alive, streak):
 
 def add_squares(g, totals):
     """Add what a gradient tells to `totals`, SQUARES_COLUMNS fp64 numbers."""
-    chosen = _squares_plan(g)
-    if chosen is None:
+    if _squares_walk(g) is None:
         g = g.contiguous()
-        chosen = _squares_plan(g)
-    partials = torch.empty(chosen.programs, SQUARES_COLUMNS.value, dtype=torch.float64, device=g.device)
+    partials = _partials(g, _squares_walk(g), SQUARES_COLUMNS)
     _squares((g,), (partials,))
     _fold_squares((partials,), (totals,))

@@ -101,18 +101,18 @@ class Unary:
 
     def forward(self, x):
         if ops.launchable(x):
-            return kernels.gates.unary_forward(x, self.function)
+            return kernels.gates.unary_forward(x, self.function, 1.0)
         return self.formula(x)
 
     def backward(self, grad_output, x):
         if ops.launchable(x, grad_output):
-            return (kernels.gates.unary_backward(grad_output, x, self.function),)
+            return (kernels.gates.unary_backward(grad_output, x, self.function, 1.0),)
         return self.backward_formula(grad_output, x)
 
     def double_backward(self, grads, grad_output, x):
         (v,) = grads
         if ops.launchable(x, grad_output, v):
-            return kernels.gates.unary_double_backward(v, grad_output, x, self.function)
+            return kernels.gates.unary_double_backward(v, grad_output, x, self.function, 1.0)
         return self.double_backward_formula(grads, grad_output, x)
 
     def formula(self, x):
@@ -175,9 +175,7 @@ class Gated:
         a, g = self.parts(tensors)
         if not (ops.launchable(a, g) and a.numel()):
             return self.formula(*tensors)
-        if a.shape == g.shape:
-            return kernels.gates.gate_forward(a, g, self.constants)
-        return kernels.gates.broadcast_forward(a, g)
+        return kernels.gates.gate_forward(a, g, self.constants)
 
     def backward(self, grad_output, *tensors):
         a, g = self.parts(tensors)
@@ -187,7 +185,7 @@ class Gated:
             grads, out = self.memory_for(tensors)
             kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
             return grads
-        return kernels.gates.broadcast_backward(grad_output, a, g)
+        return kernels.gates.broadcast_backward(grad_output, a, g, self.constants)
 
     def double_backward(self, grads, grad_output, *tensors):
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
@@ -196,7 +194,7 @@ class Gated:
         if a.shape == g.shape:
             to_tensors, out = self.memory_for(tensors)
             return kernels.gates.gate_double_backward(v, w, grad_output, a, g, self.constants, out), *to_tensors
-        return kernels.gates.broadcast_double_backward(v, w, grad_output, a, g)
+        return kernels.gates.broadcast_double_backward(v, w, grad_output, a, g, self.constants)
 
     # A, G and h in torch operators. A comparison, unlike a clamp, lets a NaN through, and leaves it a gradient.
 

@@ -20,14 +20,14 @@ from .memory import Operand
 from .program import Program, parse
 
 # Outputs that a kernel also reads: it adds to what is there.
-READ_TOO = frozenset((("fold_kernel", "totals_ptr"),))
+READ_TOO = frozenset((("add_to_totals_kernel", "outputs[0]"),))
 # Outputs of which some elements may stay as they were: units in which nothing was alive, and sums that a smaller chunk leaves.
 MAY_STAY_UNWRITTEN = frozenset(
     (
-        ("activation_kernel", "alive_ptr"),
-        ("pairs_forward_kernel", "sums_ptr"),
-        ("pairs_gradient_kernel", "scale_sums_ptr"),
-        ("pairs_gradient_kernel", "bias_sums_ptr"),
+        ("activation_kernel", "outputs[1]"),
+        ("pairs_forward_kernel", "outputs[0]"),
+        ("pairs_gradient_kernel", "outputs[1]"),
+        ("pairs_gradient_kernel", "outputs[2]"),
     )
 )
 
@@ -123,6 +123,9 @@ class _Launch:
     def __init__(self, device, source, metadata):
         self.device = device
         self.names = list(source.fn.arg_names)
+        # In place of "inputs[0]" the name that a kernel's formula has for it.
+        formula = source.fn.fn.__globals__.get("FORMULA")
+        self.inputs = {f"inputs[{index}]": name for index, name in enumerate(formula.arg_names if formula else ())}
         self.signature = source.signature
         self.threads = 32 * metadata.num_warps
         self.shared = metadata.shared
@@ -145,7 +148,7 @@ class _Launch:
             n_programs,
             self.threads,
             values,
-            self._operands(name, [parameter for parameter, kind, _ in given if kind[0] == "*"]),
+            self._operands(name, [self.inputs.get(parameter, parameter) for parameter, kind, _ in given if kind[0] == "*"]),
             shared=self.shared,
             model=device.model,
             only=None if device.only is None else device.only(n_programs),
@@ -165,7 +168,8 @@ class _Launch:
 
     def _operands(self, kernel, names):
         inputs, outputs = self.device.tensors[-1]
-        tensors = [(tensor, True, False) for tensor in inputs] + [(tensor, False, True) for tensor in outputs]
+        tensors = [(tensor, True, False) for tensor in inputs if tensor is not None]
+        tensors += [(tensor, False, True) for tensor in outputs]
         assert len(names) == len(tensors), f"{len(names)} pointers for {len(tensors)} tensors"
         return [
             Operand(name, tensor, is_input or (kernel, name) in READ_TOO, is_output, (kernel, name) in MAY_STAY_UNWRITTEN)

@@ -1,0 +1,106 @@
+"""Compilations kept from one launch to the next.
+
+Triton's own `kernel[grid](...)` looks up its compilation by every argument: 10.3 µs a launch on the host, where a kept one that
+is launched by its public entry, `compiled[grid](...)`, takes 3.5 and by the private one used here 1.8 (a stub of a CUDA driver,
+Triton 3.7). A small tensor's operator costs what its launch costs, so these microseconds are what a user waits for.
+"""
+
+import os
+import weakref
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime import driver
+
+from .maths import INTERPRETED
+
+# `CompiledKernel.run` is no public interface; these versions were read and tried. Others launch by `kernel[grid]`.
+KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# For each launcher: a network has dozens of shapes, and an entry takes about a kilobyte.
+MAX_KEPT = 4096
+
+
+def keep(compiled, programs, arguments) -> tuple:
+    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run.
+
+    The compilation itself is among it: since Triton 3.8 its module is unloaded when nothing refers to it.
+    """
+    current_device = driver.active.get_current_device
+    if current_device is torch.cuda.current_device:
+        # The same without its check for initialisation, which a tensor on the device has answered.
+        current_device = torch._C._cuda_getDevice
+    launch, packs = compiled.run, False
+    fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
+    if _only_appends(launch):
+        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)  # and no scratch memory
+        fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
+        launch, packs = launch.launch, True
+    where = current_device, driver.active.get_current_stream, driver.active
+    return launch, packs, compiled.function, fixed, arguments, programs, *where, compiled
+
+
+def _only_appends(launch) -> bool:
+    """Whether this is the CudaLauncher of Triton 3.7 or later, and does no more than to append arguments of its own."""
+    return (
+        type(launch).__name__ == "CudaLauncher"
+        and hasattr(launch, "kernel_signature")
+        and not (launch.global_scratch_size or launch.profile_scratch_size or getattr(launch, "gsan_enabled", False))
+    )
+
+
+def relaunch(kept, kernel, device, inputs, outputs) -> bool:
+    """Launch what was kept, over these addresses; False where it has to go through Triton's own entry."""
+    launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
+    if current_device() != device or driver.active is not compiled_for or _watched(kernel):
+        return False
+    values = (inputs, outputs, *arguments)
+    if packs:
+        launch(programs, 1, 1, current_stream(device), function, *fixed, values)
+    else:
+        launch(programs, 1, 1, current_stream(device), function, *fixed, *values)
+    return True
+
+
+def _watched(kernel) -> bool:
+    """Whether a hook or a debugger expects launches to pass through Triton's own entry."""
+    runtime = knobs.runtime
+    try:
+        return bool(
+            runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or kernel.pre_run_hooks
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+        )
+    except AttributeError:  # someone has put another object in the place of Triton's chain of hooks
+        return True
+
+
+caches: weakref.WeakSet["Cache"] = weakref.WeakSet()
+
+
+class Cache(dict):
+    """What a launcher keeps, by what a compilation and its launch depend on."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self):
+        super().__init__()
+        caches.add(self)
+
+    def add(self, key, compiled, programs, arguments) -> None:
+        if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
+            if len(self) >= MAX_KEPT:
+                self.clear()
+            self[key] = keep(compiled, programs, arguments)
+
+
+def _forget_all():
+    """In the child of a fork, which a CUDA context does not survive, nor do the functions loaded into it."""
+    for cache in caches:
+        cache.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
