@@ -1,1 +1,1 @@
-"""Measurements: each module is a command, `python -m benchmarks.NAME`."""
+"""Trainings, measurements and the pages they are shown on: `python -m benchmarks --help` lists the commands."""

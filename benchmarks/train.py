@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import torch_sigmoid
 
-from . import imbalanced, networks, retrieval
+from .training import imbalanced, networks, retrieval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

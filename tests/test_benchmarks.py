@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import torch_sigmoid
-from benchmarks import counts, gpu, record, siglip, speed
-from benchmarks import operators as table
-from benchmarks.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
+from benchmarks.measure import counts, gpu, pairs, record, speed
+from benchmarks.measure import operators as table
+from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
 from torch_sigmoid import kernels
 
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_another_packages_operator_may_overwrite_its_own_operands_only():
 
 def test_speed_writes_a_row_for_each_provider_and_mode(monkeypatch, tmp_path):
     monkeypatch.setitem(speed.PLANS, ("sigmoid", "cpu"), speed.Plan((torch.float32,), (64, 1000)))
-    assert speed.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    assert speed.main(["--device", "cpu", "--operators", "sigmoid", "--rounds", "3", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cpu" / "speed.json").read_text())
     assert {"device", "driver", "torch", "triton", "date", "commit"} <= set(results["environment"])
     rows = results["rows"]
@@ -227,17 +227,17 @@ def test_the_losses_have_files_of_their_own(monkeypatch, tmp_path):
 
 
 @not_interpreted
-@pytest.mark.skipif(not siglip.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
+@pytest.mark.skipif(not pairs.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
 def test_the_memory_of_pairs_is_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
-    assert siglip.main(["--device", "cpu", "--pairs", "300", "4096", "--out", str(tmp_path)]) == 0
+    assert pairs.main(["--device", "cpu", "--pairs", "300", "4096", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / "pairs.json").read_text())["rows"]
     assert [(row["pairs"], row["provider"]) for row in rows] == [(n, name) for n in (300, 4096) for name in ("torch", "ours")]
     theirs, ours = (row["peak MiB"] for row in rows[2:])
     # Three matrices of all pairs at least; ours holds a sixteenth of each at a time.
     assert theirs > 3 * 4 * 4096**2 / 2**20
     assert ours < theirs / 4
-    monkeypatch.setitem(siglip.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
-    assert siglip.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1
+    monkeypatch.setitem(pairs.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
+    assert pairs.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert not (tmp_path / "wrong").exists()
 
@@ -320,7 +320,7 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):
 def test_a_part_that_needs_a_gpu_says_so_and_is_no_failure(part, tmp_path, capsys):
     import importlib
 
-    module = importlib.import_module(f"benchmarks.{part}")
+    module = importlib.import_module(f"benchmarks.measure.{part}")
     arguments = ["--device", "cuda"] if part == "speed" else []
     assert module.main([*arguments, "--out", str(tmp_path / "results")]) == 0
     assert "there is no GPU" in capsys.readouterr().out
@@ -328,7 +328,7 @@ def test_a_part_that_needs_a_gpu_says_so_and_is_no_failure(part, tmp_path, capsy
 
 
 def test_the_host_part_without_a_compiler_says_so(monkeypatch, tmp_path, capsys):
-    from benchmarks import host, stub
+    from benchmarks.measure import host, stub
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -338,7 +338,7 @@ def test_the_host_part_without_a_compiler_says_so(monkeypatch, tmp_path, capsys)
 
 
 def test_what_is_saved_is_counted_once(device):
-    from benchmarks.memory import saved_bytes
+    from benchmarks.measure.memory import saved_bytes
 
     x = torch.randn(1000, device=device, requires_grad=True)
     assert saved_bytes(torch.sigmoid, x) == 4000
@@ -347,7 +347,7 @@ def test_what_is_saved_is_counted_once(device):
 
 
 def test_memory_is_that_of_every_operator(monkeypatch, tmp_path):
-    from benchmarks import memory
+    from benchmarks.measure import memory
 
     monkeypatch.setattr(memory, "ELEMENTS", 1 << 16)
     monkeypatch.setattr(memory, "DTYPES", (torch.bfloat16,))
@@ -362,7 +362,7 @@ def test_memory_is_that_of_every_operator(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
-    accuracy = pytest.importorskip("benchmarks.accuracy")
+    accuracy = pytest.importorskip("benchmarks.measure.accuracy")
     monkeypatch.setattr(accuracy, "DTYPES", (dtype,))
     monkeypatch.setattr(accuracy.torch_sigmoid, "sigmoid", torch.sigmoid)
     (row,) = accuracy.exhaustive(CPU)
@@ -387,7 +387,7 @@ def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeyp
     monkeypatch.setattr(record, "README", copy)
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(path), figures.plt.close(figure)))
-    for module in ("train", "vanishing"):
+    for module in ("train", "training.vanishing"):
         monkeypatch.setattr(f"benchmarks.{module}.draw_all", lambda results, folder: [])
     assert figures.main() == 0
     assert copy.read_text() == readme
@@ -400,7 +400,7 @@ def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeyp
 def vanishing(monkeypatch):
     for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
         pytest.importorskip(needed)
-    from benchmarks import vanishing
+    from benchmarks.training import vanishing
 
     monkeypatch.setattr(vanishing, "DEPTHS", (2, 6))
     monkeypatch.setattr(vanishing, "SAVE_DEPTHS", (1,))
@@ -460,7 +460,7 @@ class Meddling(torch_sigmoid.diagnostics.GradientWatch):
 @not_interpreted
 @pytest.mark.parametrize(("watch", "code"), [(torch_sigmoid.diagnostics.GradientWatch, 0), (Meddling, 1)])
 def test_the_price_of_a_watch_is_measured_only_where_it_changes_nothing(watch, code, monkeypatch, tmp_path, capsys):
-    from benchmarks import watch as part
+    from benchmarks.measure import watch as part
 
     monkeypatch.setattr(part, "GradientWatch", watch)
     for constant, value in (("WIDTH", 32), ("BATCH", 8), ("ROUNDS", 2)):

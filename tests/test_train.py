@@ -8,7 +8,8 @@ import torch
 for library in ("matplotlib", "rich", "sklearn", "tqdm"):
     pytest.importorskip(library, reason="part of the extra `train`")
 import torch_sigmoid as ts
-from benchmarks import imbalanced, retrieval, train
+from benchmarks import train
+from benchmarks.training import imbalanced, retrieval
 
 
 def test_interpreted_kernels_train_as_torch_does(tmp_path):

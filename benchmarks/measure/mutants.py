@@ -299,7 +299,7 @@ def read_rows(path: Path) -> dict[str, dict]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks mutants", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--count", type=int, default=100, help="mutants in the sample (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="run the survivors again, but for the equivalent ones")

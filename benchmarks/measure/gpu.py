@@ -1,6 +1,6 @@
 """Everything a GPU can tell, in sections that each fit into 8 minutes; needs torch, Triton, numpy and pytest, and no install.
 
-    python3 -m benchmarks.gpu --out DIR [section ...]
+    python3 -m benchmarks gpu --out DIR [section ...]
 
     tests       the test suite, on CUDA too
     layouts     those of its tests that compile most: layouts, strides, tracing
@@ -44,19 +44,19 @@ def pytest_command(*arguments):
 
 def commands(out: Path) -> dict[str, list[str]]:
     out_option = ["--out", str(out)]
-    timed = ["-m", "benchmarks.speed", "--seconds", str(SECTION_SECONDS - 60)]
+    timed = ["-m", "benchmarks.measure.speed", "--seconds", str(SECTION_SECONDS - 60)]
     return {
         "tests": pytest_command("tests", *(f"--ignore={path}" for path in COMPILING_TESTS)),
         "layouts": pytest_command(*COMPILING_TESTS),
-        "exhaustive": ["-m", "benchmarks.accuracy", *out_option],
+        "exhaustive": ["-m", "benchmarks.measure.accuracy", *out_option],
         "speed": [*timed, "--operators", "sigmoid", *out_option],
         "gates": [*timed, "--operators", "gates", *out_option],
         "losses": [*timed, "--operators", "losses", "siglip", *out_option],
-        "pairs": ["-m", "benchmarks.siglip", *out_option],
-        "host": ["-m", "benchmarks.host", *out_option],
-        "memory": ["-m", "benchmarks.memory", *out_option],
-        "watch": ["-m", "benchmarks.watch", *out_option],
-        "tune": ["-m", "benchmarks.tune", *out_option],
+        "pairs": ["-m", "benchmarks.measure.pairs", *out_option],
+        "host": ["-m", "benchmarks.measure.host", *out_option],
+        "memory": ["-m", "benchmarks.measure.memory", *out_option],
+        "watch": ["-m", "benchmarks.measure.watch", *out_option],
+        "tune": ["-m", "benchmarks.measure.tune", *out_option],
     }
 
 
@@ -129,7 +129,7 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sections", nargs="*", help="all by default")
     parser.add_argument("--out", type=Path, required=True)

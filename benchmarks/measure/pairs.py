@@ -86,7 +86,7 @@ def measure(provider: str, pairs: int, device: torch.device) -> dict:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.siglip", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks pairs", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
     parser.add_argument("--pairs", type=int, nargs="+", help="numbers of pairs, in place of the usual ones")
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
@@ -107,7 +107,7 @@ def main(argv=None) -> int:
                 if device.type == "cuda":
                     rows.append(measure(provider, pairs, device))
                 else:
-                    command = [sys.executable, "-m", "benchmarks.siglip", "--device", "cpu", "--only", provider]
+                    command = [sys.executable, "-m", "benchmarks.measure.pairs", "--device", "cpu", "--only", provider]
                     output = subprocess.check_output([*command, "--pairs", str(pairs)], cwd=record.ROOT, text=True)
                     rows.append(json.loads(output))
     except record.WrongResultError as error:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import torch_sigmoid
 
-from . import record
-from .operators import siglip_loss
+from ..measure import record
+from ..measure.operators import siglip_loss
 
 RANKS = 2
 EPOCHS = 30
@@ -121,7 +121,7 @@ def train_ranks(epochs: int, seed: int, steps: int | None) -> Run | None:
         torchrun = ["torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(RANKS)]
         options = ["--epochs", str(epochs), "--seed", str(seed), "--out", str(result)]
         options += [] if steps is None else ["--steps", str(steps)]
-        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.retrieval", *options]
+        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.training.retrieval", *options]
         ended = subprocess.run(command, cwd=record.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return Run(**json.loads(result.read_text())) if ended.returncode == 0 else None
 
@@ -175,7 +175,7 @@ def failures(runs, trained: bool) -> list[str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.retrieval", description="One rank of the two.")
+    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.training.retrieval", description="One rank of the two.")
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steps", type=int)

@@ -52,7 +52,7 @@ def with_shape(run, elements, warps):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() or kernels.UNAVAILABLE:

@@ -154,7 +154,7 @@ def exhaustive(device):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     parser.add_argument("--only-exhaustive", action="store_true", help="leave out the comparison over x")

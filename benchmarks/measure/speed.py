@@ -316,9 +316,9 @@ def run(device, selection, rounds, seconds):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
-    parser.add_argument("--operators", nargs="+", default=["sigmoid"], help=f"names, or families: {', '.join(FILES)}")
+    parser.add_argument("--operators", nargs="+", default=[*FILES], help=f"names, or families (default: all): {', '.join(FILES)}")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out the cases that would begin after this time")
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")

@@ -154,7 +154,7 @@ def measure(device, stubbed):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -164,7 +164,7 @@ def main(argv=None) -> int:
             print(f"host: skipped, there is no GPU and no stub of one: {reason}")
             return 0
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "benchmarks.host", "--stub", *(sys.argv[1:] if argv is None else argv)]
+            command = [sys.executable, "-m", "benchmarks.measure.host", "--stub", *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=stub.environment(Path(folder)), cwd=record.ROOT).returncode
     device = torch.device("cpu" if stubbed else "cuda")
     if stubbed:

@@ -73,7 +73,7 @@ def run(device) -> list[dict]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.watch", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks watch", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     arguments = parser.parse_args(argv)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import torch_sigmoid
 
-from . import record
-from .operators import focal_loss
+from ..measure import record
+from ..measure.operators import focal_loss
 
 # Among the digits that are recognised worst: a linear model knows 88 % of its images.
 RARE_DIGIT = 8

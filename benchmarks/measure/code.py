@@ -131,7 +131,7 @@ def inspect(operator, dtype, arch, target, n) -> dict:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.code", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks code", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     arguments = parser.parse_args(argv)
     if kernels.UNAVAILABLE or kernels.INTERPRETED:

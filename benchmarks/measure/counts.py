@@ -113,14 +113,14 @@ def measure():
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks counts", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
     arguments = parser.parse_args(argv)
     if kernels.UNAVAILABLE:
         print(f"counts: skipped, {kernels.UNAVAILABLE}")
         return 0
     if not kernels.INTERPRETED:
-        command = [sys.executable, "-m", "benchmarks.counts", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "benchmarks.measure.counts", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=record.ROOT).returncode
     try:
         rows = measure()

@@ -21,8 +21,8 @@ from torch import nn
 import torch_sigmoid
 from torch_sigmoid.diagnostics import GradientWatch
 
-from . import record
-from .train import BATCH_SIZE, load_tasks
+from ..measure import record
+from ..train import BATCH_SIZE, load_tasks
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 14, 20)
 SAVE_DEPTHS = (1, 4)
@@ -198,7 +198,7 @@ def draw_all(results, folder):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vanishing", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks vanishing", description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=record.default_device())
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
