@@ -28,11 +28,11 @@ mutants: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mutants]"
 	$(RUN) -m benchmarks mutants $(ARGS)
 
-# Measures what this machine can measure, into benchmarks/results/.
+# Measures all that this machine can, into benchmarks/results/. `python -m benchmarks --help` lists the parts.
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks $(ARGS)
 
-# Draws every figure and writes every table of the README from benchmarks/results/.
+# Draws every figure, and writes every table of benchmarks/README.md, from benchmarks/results/.
 figures: $(VENV)/installed
 	$(RUN) -m benchmarks figures $(ARGS)
 

@@ -1,21 +1,19 @@
-"""Everything a GPU can tell, in sections that each fit into 8 minutes; needs torch, Triton, numpy and pytest, and no install.
+"""Everything that a GPU can tell, in sections that each take at most eight minutes.
 
-    python3 -m benchmarks gpu --out DIR [section ...]
+tests       the test suite, on CUDA too
+layouts     those of its tests that compile most: layouts, strides, tracing
+exhaustive  gradients, and forward and gradient of every fp16, bf16 and fp32 input (the README's N1)
+speed       sigmoid's time over size, dtype and layout
+gates       the gates' time, over fewer sizes
+losses      the losses' time
+pairs       peak memory and time of SigLIP over the number of pairs
+host        what a call and a layer cost on the host, eager and as a CUDA graph
+counts      bytes saved for backward and at the peak, and kernels launched
+watch       what a GradientWatch costs a training step
+tune        launch shapes
 
-    tests       the test suite, on CUDA too
-    layouts     those of its tests that compile most: layouts, strides, tracing
-    exhaustive  forward and gradient of every fp16, bf16 and fp32 input (N1)
-    speed       time over size, dtype and layout
-    gates       the same of the gates, over fewer sizes
-    losses      the same of the losses
-    pairs       peak memory and time of SigLIP over the number of pairs
-    host        cost of a call and of a layer, eager and under CUDA graphs
-    memory      saved and peak bytes
-    watch       what a GradientWatch costs a training step
-    tune        launch shapes
-
-A section's output goes to DIR/<section>.log, its numbers to DIR/<the GPU's name>/. The summary comes last and is written to
-DIR/summary.md; the exit status is 1 if a section failed or ran out of time.
+Needs torch, Triton, numpy and pytest, and no install. Writes each section's output to DIR/<section>.log, its numbers to
+DIR/<the GPU's name>/, and DIR/summary.md; exits with 1 if a section failed or ran out of time. Takes about an hour.
 """
 
 import argparse
@@ -31,9 +29,19 @@ import torch
 from . import record, speed
 
 SECTION_SECONDS = 480
+TIMES = ("operator", "provider", "mode", "dtype", "layout", "n", "microseconds", "time / torch", "of a copy")
+# What summary.md shows of each file of results.
+SHOWN = {
+    "exhaustive": ("dtype", "inputs", "bits not torch's", "ulp of torch", "ulp of ours", "ulp of the gradient"),
+    **dict.fromkeys(speed.FILES.values(), TIMES),
+    "pairs": ("provider", "pairs", "peak MiB", "milliseconds"),
+    "host": ("provider", "what", "dtype", "microseconds", "time / torch"),
+    "memory": ("operator", "provider", "dtype", "saved", "peak forward", "peak both"),
+    "watch": ("watch", "microseconds a step", "overhead %"),
+}
 
 
-# Of the tests, those that compile most: hundreds of layouts, and whole graphs.
+# These tests compile most: hundreds of layouts, and whole graphs.
 COMPILING_TESTS = ("tests/test_layouts.py", "tests/test_strides.py", "tests/test_tracing.py")
 
 
@@ -54,14 +62,14 @@ def commands(out: Path) -> dict[str, list[str]]:
         "losses": [*timed, "--operators", "losses", "siglip", *out_option],
         "pairs": ["-m", "benchmarks.measure.pairs", *out_option],
         "host": ["-m", "benchmarks.measure.host", *out_option],
-        "memory": ["-m", "benchmarks.measure.memory", *out_option],
+        "counts": ["-m", "benchmarks.measure.counts", *out_option],
         "watch": ["-m", "benchmarks.measure.watch", *out_option],
         "tune": ["-m", "benchmarks.measure.tune", *out_option],
     }
 
 
 def run_section(name: str, command: list[str], out: Path) -> str:
-    """Run it with its output in a file; the outcome in words, "passed" or what went wrong."""
+    """Run a section with its output in a file; "passed" and the time, or what went wrong."""
     start = time.monotonic()
     with open(out / f"{name}.log", "w") as log:
         try:
@@ -96,48 +104,22 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
     if "tests" in outcomes:
         lines.append(f"- pytest: {last_line(out / 'tests.log')}")
     folder = record.folder_of(device, out)
-    if results := record.read(folder, "exhaustive"):
-        lines.append("")
-        for row in results["rows"]:
-            differ = row["bits not torch's"]
-            lines.append(
-                f"- every {row['dtype']} input: {differ} of {row['inputs']} differ from torch's forward; "
-                f"largest errors {row['ulp of ours']} ulp forward (torch {row['ulp of torch']}), "
-                f"{row['ulp of the gradient']} ulp gradient from the input"
-            )
-    for name in speed.FILES.values():
+    for name, columns in SHOWN.items():
         if results := record.read(folder, name):
-            lines += ["", "time / torch, and GB/s as a fraction of a copy's:"]
-            lines += [
-                f"- {row['operator']}, {row['provider']}, {row['mode']}, {row['dtype']}, {row['layout']}, {row['n']}: "
-                f"{row['time / torch']:.2f}" + (f", {row['of a copy']:.2f} of a copy" if "of a copy" in row else "")
-                for row in results["rows"]
-                if row["provider"] != "torch"
-            ]
-    if results := record.read(folder, "host"):
-        lines += ["", "host, 1024 elements, µs (÷ torch):"]
-        for row in results["rows"]:
-            lines.append(
-                f"- {row['what']}, {row['dtype']}, {row['provider']}: {row['microseconds']:.1f} ({row['time / torch']:.2f})"
-            )
-    if results := record.read(folder, "watch"):
-        lines += ["", "a training step with a GradientWatch:"]
-        for row in results["rows"]:
-            lines.append(f"- {row['watch']}: {row['microseconds a step']:.0f} µs ({row['overhead %']:+.1f} %)")
+            rows = [[record.format_cell(row.get(column)) for column in columns] for row in results["rows"]]
+            lines += ["", f"## {name}", "", record.markdown(columns, rows)]
     return "\n".join(lines) + "\n"
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", help="all by default")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/gpu"), help="default: %(default)s")
+    parser.add_argument("--sections", nargs="+", choices=commands(Path()), metavar="SECTION", help="default: all")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
     available = commands(out)
-    if unknown := set(arguments.sections) - set(available):
-        parser.error(f"sections must be among {', '.join(available)}, got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         print("gpu: skipped, there is no GPU")
         return 0
