@@ -19,6 +19,7 @@ PARTS = {
     **{name: f"benchmarks.measure.{name}" for name in MEASUREMENTS},
     "train": "benchmarks.train",
     "vanishing": "benchmarks.training.vanishing",
+    "boundary": "benchmarks.training.boundary",
     "figures": "benchmarks.figures",
 }
 # What runs if no part is named.

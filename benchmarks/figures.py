@@ -21,7 +21,7 @@ import numpy as np
 from . import train
 from .measure import record, speed
 from .measure.operators import ORDERS, operators
-from .training import vanishing
+from .training import boundary, vanishing
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
@@ -379,6 +379,7 @@ DRAWINGS = {
     "host": (draw_host,),
     "vanishing": (vanishing.draw_all,),
     "train/train": (train.draw_all,),
+    "train/boundary": (boundary.draw,),
 }
 
 

@@ -9,8 +9,9 @@
    written in torch operators and with ours (training/networks.py).
 4. A rare digit among the others: binary cross-entropy and focal loss, in torch operators and ours (training/imbalanced.py).
 5. SigLIP on paired views of digits: the plain formula, ours, and ours in two processes (training/retrieval.py).
+6. Gradient descent moving a decision boundary (training/boundary.py).
 
-Writes train.json and figures. Exits with 1 if an accuracy is below 0.95 (0.6 of the pairs found), if a promised
+Writes train.json, boundary.json and figures. Exits with 1 if an accuracy is below 0.95 (0.6 of the pairs found), if a promised
 identity does not hold, if our gates cost 0.5 % of accuracy, or if a curve of our losses is not that of torch operators. Takes
 about two minutes on a CPU.
 """
@@ -29,7 +30,7 @@ from torch import nn
 import torch_sigmoid
 
 from .measure import record
-from .training import imbalanced, networks, retrieval
+from .training import boundary, imbalanced, networks, retrieval
 from .training.tasks import largest_difference, load_tasks, train
 
 matplotlib.use("Agg")
@@ -40,7 +41,7 @@ REQUIRED_ACCURACY = 0.95
 GATED_ACCURACY_DIFFERENCE = 0.005
 GATED_EPOCHS = 30
 SATURATING_BIAS = 8.0
-# With --interpret, of each epoch.
+# With --interpret, of each epoch and of the descent.
 INTERPRETED_STEPS = 4
 # The exponentials of a CPU and of Triton's interpreter differ by an ulp or two in each call.
 INTERPRETED_TOLERANCE = 1e-5
@@ -205,6 +206,7 @@ def main(argv=None) -> int:
     limits = {"seeds": 1, "steps": INTERPRETED_STEPS} if interpret else {}
     rare = imbalanced.compare(device, arguments.epochs, arguments.seed, **limits)
     paired = retrieval.compare(device, arguments.epochs, arguments.seed, limits.get("steps"))
+    moved = boundary.run(device, arguments.seed, limits.get("steps", boundary.STEPS))
 
     promised = arguments.dtype != "bfloat16" and arguments.save == "output" and not interpret
     show(f"{arguments.dtype}, the same seed with either layer", plain, "the loss difference must be 0" if promised else None)
@@ -213,6 +215,7 @@ def main(argv=None) -> int:
     show(f"{arguments.dtype}, digits, gates in torch operators and ours", gated)
     imbalanced.show(rare)
     retrieval.show(paired)
+    record.show("Gradient descent on a squared error, two features of the breast-cancer records", boundary.rows(moved))
 
     differences = {name: largest_difference(*runs.values()) for name, runs in plain.items()}
     failures = failures_of(plain, interpret) + failures_of(gated, interpret)
@@ -222,7 +225,7 @@ def main(argv=None) -> int:
     for name, (theirs, ours) in ((name, runs.values()) for name, runs in gated.items()):
         if theirs.accuracy - ours.accuracy > GATED_ACCURACY_DIFFERENCE and not interpret:
             failures.append(f"{name}: our gates cost {theirs.accuracy - ours.accuracy:.4f} of accuracy")
-    failures += imbalanced.failures(rare) + retrieval.failures(paired, trained=not interpret)
+    failures += imbalanced.failures(rare) + retrieval.failures(paired, trained=not interpret) + boundary.failures(moved)
 
     def written(compared):
         return {group: {name: run._asdict() for name, run in runs.items()} for group, runs in compared.items()}
@@ -238,11 +241,12 @@ def main(argv=None) -> int:
         "imbalanced": imbalanced.summary(rare, arguments.epochs),
         "retrieval": {name: run and run._asdict() for name, run in paired.items()},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    boundary.save(moved, arguments.out)
     (arguments.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {arguments.out / 'train.json'}")
+    print(f"wrote {arguments.out / 'train.json'} and boundary.json")
     if not interpret:
         draw_all(results, arguments.out)
+        boundary.draw(moved, arguments.out)
     for failure in failures:
         print(f"FAILED: {failure}")
     return int(bool(failures))
