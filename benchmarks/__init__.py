@@ -1,1 +1,1 @@
-"""Trainings, measurements and the pages they are shown on: `python -m benchmarks --help` lists the commands."""
+"""Trainings and measurements, and the page that shows them: `python -m benchmarks --help` lists the commands."""

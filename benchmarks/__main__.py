@@ -1,6 +1,6 @@
 """Measure, train and draw.
 
-python -m benchmarks                       measure all that this machine can: the parts marked *; about half an hour
+python -m benchmarks                       measure all that this machine can, within half an hour: the parts marked *
 python -m benchmarks PART ... [OPTION ...] run these parts; each of them gets the options
 python -m benchmarks PART --help           what a part measures, what it writes and how long it takes
 """
@@ -62,13 +62,16 @@ def main(argv=None) -> int:
         return 0
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    commands = [(name,) for name in names] or SUITE
     failed = []
-    for name, *own in [(name,) for name in names] or SUITE:
-        print(f"== {' '.join([name, *own])}", flush=True)
+    for name, *own in commands:
+        if len(commands) > 1:
+            print(f"\n== {' '.join([name, *own])}", flush=True)
         # In a process of its own, so that no part sees what another one compiled, patched or allocated.
         if subprocess.run([sys.executable, "-m", PARTS[name], *own, *options]).returncode:
             failed.append(name)
-    print(f"FAILED: {', '.join(failed)}" if failed else "every part is done")
+    if len(commands) > 1:
+        print(f"\nFAILED: {', '.join(failed)}" if failed else "\nevery part is done")
     return int(bool(failed))
 
 

@@ -102,24 +102,23 @@ def draw_host(host, folder):
 
 
 class Table(NamedTuple):
-    """How a table of the page is made from a file of results.
+    """A table of the page: `row` is a format string for each of `lines`, which are made from a file of results.
 
-    `lines` turns the results into one mapping for each line. A column is a header, and for its cells a format string over the
-    line or a function of the line. `caption` is a format string over the results and `source`: machine, versions, date, file.
+    `caption` is a format string over the results and `source`, which names machine, versions, date and file. The first
+    `n_labels` columns are text.
     """
 
     file: str
-    columns: tuple[tuple[str, str | Callable[[dict], str]], ...] | Callable[[list[dict]], tuple]
-    caption: str
+    header: str
+    row: str
+    caption: str = "Measured on {source}"
     lines: Callable[[dict], list[dict]] = lambda results: results["rows"]
     n_labels: int = 1
 
     def write(self, results: dict, folder: Path) -> str:
-        lines = self.lines(results)
-        columns = self.columns(lines) if callable(self.columns) else self.columns
-        cells = [[cell(line) if callable(cell) else cell.format_map(line) for _, cell in columns] for line in lines]
-        caption = self.caption.format(**results, source=source(folder, self.file.rpartition("/")[2], results))
-        return f"{record.markdown([header for header, _ in columns], cells, self.n_labels)}\n\n{caption}"
+        cells = [self.row.format_map(line).split(" | ") for line in self.lines(results)]
+        table = record.markdown(self.header.split(" | "), cells, self.n_labels)
+        return f"{table}\n\n{self.caption.format(**results, source=source(folder, self.file.rpartition('/')[2], results))}"
 
 
 def source(folder: Path, name: str, results: dict) -> str:
@@ -145,37 +144,35 @@ def percent(value: float) -> str:
     return "0" if value == 0 else f"{100 * value:.2g} %" if value < 0.995 else "**100 %**"
 
 
-def errors_at(row: dict) -> str:
-    prefix = "error at "
-    return ", ".join(f"{key.removeprefix(prefix)}: {percent(row[key])}" for key in row if key.startswith(prefix))
+def accuracy_lines(accuracy: dict) -> list[dict]:
+    def line(row):
+        errors = {key.removeprefix("error at "): percent(row[key]) for key in row if key.startswith("error at ")}
+        at = ", ".join(f"{x}: {error}" for x, error in errors.items())
+        return row | {"largest": percent(row["largest relative error"]), "at": at}
+
+    return [line(row) for row in accuracy["rows"]]
 
 
 def code_lines(code: dict) -> list[dict]:
-    """An odd n has a tail, whose instructions count too."""
+    """The kernels for an odd n, whose code has a tail."""
     kernels = ("forward", "backward-from-output", "backward-from-input")
     rows = where(code, target="sm_90")
     return [row for row in rows if row["operator"] in kernels and row["dtype"] in DTYPES and row["n"] % 16]
 
 
-def executed_ratios(over: str, under: str, dtype: str):
-    """A cell: `over` ÷ `under` in forward, backward and double backward; an order that launches nothing stays empty."""
+def executed_lines(executed: dict) -> list[dict]:
+    """What each order moves and issues, over the ideal and the budget; an order that launches no kernel is left out."""
 
-    def cell(line):
-        rows = [line.get(f"{dtype} {order}") for order in ORDERS]
-        return " / ".join(f"{row[over] / row[under]:.2f}" if row else "" for row in rows).rstrip(" /")
+    def ratios(line, dtype, over, under):
+        rows = [line[key] for order in ORDERS if (key := f"{dtype} {order}") in line]
+        return " / ".join(f"{row[over] / row[under]:.2f}" for row in rows)
 
-    return cell
-
-
-def speed_columns(lines: list[dict]) -> tuple:
-    """Ours in every dtype and mode that was measured."""
-
-    def ratio(key):
-        return lambda line: f"{line[key]['time / torch']:.2f}" if key in line else ""
-
-    keys = {key: row for line in lines for key, row in line.items() if key != "n"}
-    measured = ((f"{row['provider']}, {row['dtype']} {row['mode']}", ratio(key)) for key, row in keys.items())
-    return ("elements", "{n:,}"), *measured
+    lines = pivot(executed["rows"], "operator", "dtype", "order")
+    for line in lines:
+        for dtype in ("fp32", "bf16"):
+            line[f"bytes {dtype}"] = ratios(line, dtype, "bytes per element", "ideal bytes")
+            line[f"instructions {dtype}"] = ratios(line, dtype, "instructions per element", "budget")
+    return lines
 
 
 def memory_lines(memory: dict) -> list[dict]:
@@ -190,172 +187,147 @@ def memory_lines(memory: dict) -> list[dict]:
 
 
 def saturated_lines(results: dict) -> list[dict]:
-    return [row for row in vanishing.saves(results["rows"]) if row["initialisation"] == "saturated"]
+    rows = [row for row in vanishing.saves(results["rows"]) if row["initialisation"] == "saturated"]
+    first_step = "first step: "
+    lines = [{key.removeprefix(first_step): value for key, value in row.items()} for row in rows]
+    return [line | {"lost": percent(line["lost to rounding"])} for line in lines]
 
 
-SPEED = Table(
-    "cpu/speed",
-    speed_columns,
-    "Time over torch.nn.Sigmoid's, {source}",
-    lambda results: pivot(
-        [row for row in where(results, layout="dense") if row["provider"].startswith("ours")], "n", "dtype", "provider", "mode"
-    ),
-    n_labels=0,
-)
+def pairs_lines(pairs: dict) -> list[dict]:
+    lines = pivot(pairs["rows"], "pairs", "provider")
+    return [line | {"ratio": line["ours"]["peak MiB"] / line["torch"]["peak MiB"]} for line in lines]
+
+
 TABLES = {
     "accuracy": Table(
         "cpu/accuracy",
-        (
-            ("dtype", "{dtype}"),
-            ("gradient by", "{provider}"),
-            ("lost (exactly 0)", "{flushed to 0} of {inputs}"),
-            ("more than 1 % off", "{over 1 %}"),
-            ("largest error", lambda row: percent(row["largest relative error"])),
-            ("at x = …", errors_at),
-        ),
+        "dtype | gradient by | lost (exactly 0) | more than 1 % off | largest error | at x = …",
+        "{dtype} | {provider} | {flushed to 0} of {inputs} | {over 1 %} | {largest} | {at}",
         "Measured on path {environment[path]}: {source}",
+        accuracy_lines,
         n_labels=2,
     ),
-    "speed": SPEED,
     "host": Table(
         "cpu/host",
-        (
-            ("layer", "{provider}"),
-            ("fp32", "{fp32[microseconds]:.1f} µs"),
-            ("÷ torch", "{fp32[time / torch]:.2f}"),
-            ("bf16", "{bf16[microseconds]:.1f} µs"),
-            ("÷ torch", "{bf16[time / torch]:.2f}"),
-        ),
+        "layer | fp32 | ÷ torch | bf16 | ÷ torch",
+        "{provider} | {fp32[microseconds]:.1f} µs | {fp32[time / torch]:.2f} "
+        "| {bf16[microseconds]:.1f} µs | {bf16[time / torch]:.2f}",
         "Measured on a {source}",
         lambda results: pivot(where(results, what="layer"), "provider", "dtype"),
     ),
     "code": Table(
         "code/code",
-        (
-            ("kernel on sm_90, n odd", "{operator}"),
-            ("dtype", "{dtype}"),
-            ("instructions per element", "{instructions per element}"),
-            ("registers", "{registers}"),
-            ("spills", "{spills}"),
-        ),
+        "kernel on sm_90, n odd | dtype | instructions per element | registers | spills",
+        "{operator} | {dtype} | {instructions per element} | {registers} | {spills}",
         "Read off the machine code: {source}",
         code_lines,
         n_labels=2,
     ),
     "executed": Table(
         "code/executed",
-        (
-            ("operator", "`{operator}`"),
-            ("bytes ÷ ideal, fp32", executed_ratios("bytes per element", "ideal bytes", "fp32")),
-            ("bytes ÷ ideal, bf16", executed_ratios("bytes per element", "ideal bytes", "bf16")),
-            ("instructions ÷ budget, fp32", executed_ratios("instructions per element", "budget", "fp32")),
-            ("instructions ÷ budget, bf16", executed_ratios("instructions per element", "budget", "bf16")),
-        ),
+        "operator | bytes ÷ ideal, fp32 | bytes ÷ ideal, bf16 | instructions ÷ budget, fp32 | instructions ÷ budget, bf16",
+        "`{operator}` | {bytes fp32} | {bytes bf16} | {instructions fp32} | {instructions bf16}",
         "Forward / backward / double backward, {source}",
-        lambda results: pivot(results["rows"], "operator", "dtype", "order"),
+        executed_lines,
     ),
     "memory": Table(
         "cpu/memory",
-        (
-            ("operator", "`{operator}`"),
-            ("fp32, torch → ours", "{fp32[0]:.4g} → {fp32[1]:.4g}"),
-            ("bf16, torch → ours", "{bf16[0]:.4g} → {bf16[1]:.4g}"),
-        ),
+        "operator | fp32, torch → ours | bf16, torch → ours",
+        "`{operator}` | {fp32[0]:.4g} → {fp32[1]:.4g} | {bf16[0]:.4g} → {bf16[1]:.4g}",
         "Bytes per element, {source}",
         memory_lines,
     ),
     "vanishing": Table(
         "cpu/vanishing",
-        tuple(
-            (key, f"{{{key}}}") for key in ("activation", "precision", "initialisation", "learns up to depth", "stops at depth")
-        ),
-        "Measured on {source}",
-        lambda results: vanishing.summary(results["rows"]),
+        "activation | precision | initialisation | learns up to depth | stops at depth",
+        "{activation} | {precision} | {initialisation} | {learns up to depth} | {stops at depth}",
+        lines=lambda results: vanishing.summary(results["rows"]),
         n_labels=3,
     ),
     "saturated": Table(
         "cpu/vanishing",
-        (
-            ("saturated layers", "{depth}"),
-            ("precision", "{precision}"),
-            ("activation", "{activation}"),
-            ("accuracy", "{accuracy:.3f}"),
-            ("gradient entering the last", lambda row: f"{row['first step: gradient entering the last layer']:.2g}"),
-            ("leaving the first", lambda row: f"{row['first step: gradient leaving the first layer']:.2g}"),
-            ("lost to rounding", lambda row: percent(row["first step: lost to rounding"])),
-        ),
-        "Measured on {source}",
-        saturated_lines,
+        "saturated layers | precision | activation | accuracy | gradient entering the last | leaving the first "
+        "| lost to rounding",
+        "{depth} | {precision} | {activation} | {accuracy:.3f} | {gradient entering the last layer:.2g} "
+        "| {gradient leaving the first layer:.2g} | {lost}",
+        lines=saturated_lines,
         n_labels=3,
     ),
     "watch": Table(
         "cpu/watch",
-        (("watch", "{watch}"), ("µs a step", "{microseconds a step:.0f}"), ("overhead", "{overhead %:+.1f} %")),
+        "watch | µs a step | overhead",
+        "{watch} | {microseconds a step:.0f} | {overhead %:+.1f} %",
         "{rows[0][layers]} hidden layers of width {rows[0][width]}, batches of {rows[0][batch]}: {source}",
     ),
     "pairs": Table(
         "cpu/pairs",
-        (
-            ("pairs", "{pairs}"),
-            ("peak MiB, plain formula → ours", "{torch[peak MiB]:.0f} → {ours[peak MiB]:.0f}"),
-            ("ours ÷ plain", lambda line: f"{line['ours']['peak MiB'] / line['torch']['peak MiB']:.2f}"),
-            ("ms, forward + backward", "{torch[milliseconds]:.0f} → {ours[milliseconds]:.0f}"),
-        ),
+        "pairs | peak MiB, plain formula → ours | ours ÷ plain | ms, forward + backward",
+        "{pairs} | {torch[peak MiB]:.0f} → {ours[peak MiB]:.0f} | {ratio:.2f} "
+        "| {torch[milliseconds]:.0f} → {ours[milliseconds]:.0f}",
         "Features of width {width}, fp32, chunks of {chunk_size}, above the features themselves: {source}",
-        lambda results: pivot(results["rows"], "pairs", "provider"),
+        pairs_lines,
         n_labels=0,
     ),
 }
+
+
+def speed_table(results: dict, folder: Path) -> str:
+    """Our time over torch's at each size, in every dtype and mode that was measured."""
+    rows = [row for row in where(results, layout="dense") if row["provider"].startswith("ours")]
+    heads = {f"{row['dtype']} {row['provider']} {row['mode']}": "{provider}, {dtype} {mode}".format_map(row) for row in rows}
+    header, row = " | ".join(["elements", *heads.values()]), " | ".join(["{n:,}", *(f"{{{key}}}" for key in heads)])
+    lines = [
+        {"n": line["n"]} | {key: f"{line[key]['time / torch']:.2f}" if key in line else "" for key in heads}
+        for line in pivot(rows, "n", "dtype", "provider", "mode")
+    ]
+    caption = "Time over torch.nn.Sigmoid's, {source}"
+    return Table("speed", header, row, caption, lambda results: lines, n_labels=0).write(results, folder)
 
 
 def operators_table(cpu: Path, gpus: list[Path]) -> str:
     """What each operator launches and keeps, and its time over torch's on the CPU and on every GPU."""
     files = [name for family, name in speed.FILES.items() if family != "sigmoid"]
     timed = {(folder, name): results for folder in (cpu, *gpus) for name in files if (results := record.read(folder, name))}
-    measured = list(dict.fromkeys(folder for folder, _ in timed if folder != cpu))
+    measured = {folder: results["environment"]["device"] for (folder, _), results in timed.items() if folder != cpu}
 
-    def times(folder, shown, shown_of_siglip):
-        """A cell: our time over torch's, forward and backward, at the dtypes and sizes shown."""
+    def times(folder, operator, shown, shown_of_siglip):
+        """Our time over torch's, forward and backward, at the dtypes and sizes shown."""
+        family = operators()[operator].family
+        rows = where(timed.get((folder, speed.FILES[family]), {"rows": []}), operator=operator, provider="ours", mode="both")
+        ratios = {(row["dtype"], row["n"]): f"{row['time / torch']:.2f}" for row in rows}
+        keys = shown_of_siglip if family == "siglip" else shown
+        return " / ".join(ratios.get(key, NOT_MEASURED) for key in keys) if ratios else NOT_MEASURED
 
-        def cell(line):
-            family = operators()[line["operator"]].family
-            results = timed.get((folder, speed.FILES[family]), {"rows": []})
-            rows = where(results, operator=line["operator"], provider="ours", mode="both")
-            ratios = {(row["dtype"], row["n"]): f"{row['time / torch']:.2f}" for row in rows}
-            keys = shown_of_siglip if family == "siglip" else shown
-            return " / ".join(ratios.get(key, NOT_MEASURED) for key in keys) if ratios else NOT_MEASURED
-
-        return cell
-
-    def on_gpu(folder):
-        device = next(results["environment"]["device"] for (own, _), results in timed.items() if own == folder)
-        return f"{device}, time ÷ torch's, bf16, 2²⁴ elements", times(folder, SHOWN_ON_GPU, SHOWN_OF_SIGLIP_ON_GPU)
+    def lines(counts):
+        for line in pivot(counts["rows"], "operator", "provider"):
+            name = line["operator"]
+            on_gpus = [times(folder, name, SHOWN_ON_GPU, SHOWN_OF_SIGLIP_ON_GPU) for folder in measured] or [NOT_MEASURED]
+            on_cpu = times(cpu, name, SHOWN_ON_CPU, SHOWN_OF_SIGLIP_ON_CPU)
+            yield line | {"formula": operators()[name].written, "times": " | ".join([on_cpu, *on_gpus])}
 
     launched, launched_by_ours = (" / ".join(f"{{{who}[{order}]}}" for order in ORDERS) for who in ("torch", "ours"))
-    columns = (
-        ("operator", "`{operator}`"),
-        ("formula", lambda line: operators()[line["operator"]].written),
-        ("kernels forward / backward / double backward, torch → ours", f"{launched} → {launched_by_ours}"),
-        (
-            "saved, in tensors of the output's size (a loss's: of the logits'), torch → ours",
-            "{torch[saved]:.4g} → {ours[saved]:.4g}",
+    on_gpus = [f"{device}, time ÷ torch's, bf16, 2²⁴ elements" for device in measured.values()] or ["GPU, time ÷ torch's"]
+    table = Table(
+        "cpu/counts",
+        "operator | formula | kernels forward / backward / double backward, torch → ours "
+        "| saved, in tensors of the output's size (a loss's: of the logits'), torch → ours "
+        f"| CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements | {' | '.join(on_gpus)}",
+        f"`{{operator}}` | {{formula}} | {launched} → {launched_by_ours} "
+        "| {torch[saved]:.4g} → {ours[saved]:.4g} | {times}",
+        "\n".join(
+            ["Kernels and memory counted on {source}"]
+            + [f"Timed on {source(folder, name, results)}" for (folder, name), results in timed.items()]
         ),
-        (
-            "CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements",
-            times(cpu, SHOWN_ON_CPU, SHOWN_OF_SIGLIP_ON_CPU),
-        ),
-        *([on_gpu(folder) for folder in measured] or [("GPU, time ÷ torch's", lambda line: NOT_MEASURED)]),
+        lines,
+        n_labels=2,
     )
-    caption = ["Kernels and memory counted on {source}"]
-    caption += [f"Timed on {source(folder, name, results)}" for (folder, name), results in timed.items()]
-    table = Table("cpu/counts", columns, "\n".join(caption), lambda counts: pivot(counts["rows"], "operator", "provider"), 2)
     return table.write(record.read(cpu, "counts"), cpu)
 
 
 def gpu_tables(gpus: list[Path]) -> str:
     """The speed on each GPU that has been measured."""
     tables = [
-        f"{SPEED.write(results, folder)}\n\n![time over size](results/{folder.name}/speed.png)"
+        f"{speed_table(results, folder)}\n\n![time over size](results/{folder.name}/speed.png)"
         for folder in gpus
         if (results := record.read(folder, "speed"))
     ]
@@ -397,9 +369,11 @@ def main(argv=None) -> int:
         folder, _, file = table.file.partition("/")
         if results := record.read(record.RESULTS / folder, file):
             update_page(name, table.write(results, record.RESULTS / folder))
-    gpus = [folder for folder in folders if folder.name not in ("cpu", "code")]
+    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code")]
+    if results := record.read(cpu, "speed"):
+        update_page("speed", speed_table(results, cpu))
     update_page("gpu", gpu_tables(gpus))
-    update_page("operators", operators_table(record.RESULTS / "cpu", gpus))
+    update_page("operators", operators_table(cpu, gpus))
     print(f"wrote the tables of {record.README}")
     return 0
 

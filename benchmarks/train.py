@@ -16,7 +16,7 @@ identity does not hold, if our gates cost 0.5 % of accuracy, or if a curve of ou
 about two minutes on a CPU.
 """
 
-import argparse
+import functools
 import json
 import os
 import subprocess
@@ -37,72 +37,75 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REQUIRED_ACCURACY = 0.95
-# Two samples in 450: gates that round otherwise lead to other networks.
+# Two samples in 450, because gates that round differently lead to slightly different networks.
 GATED_ACCURACY_DIFFERENCE = 0.005
 GATED_EPOCHS = 30
 SATURATING_BIAS = 8.0
-# With --interpret, of each epoch and of the descent.
+# With --interpret: steps of each epoch, and of the descent.
 INTERPRETED_STEPS = 4
 # The exponentials of a CPU and of Triton's interpreter differ by an ulp or two in each call.
 INTERPRETED_TOLERANCE = 1e-5
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def build_network(task, make_sigmoid, seed, bias=None):
+def sigmoid_network(task, make_sigmoid, bias=None):
     """Two sigmoid layers of 64 units; `bias` starts every unit there, in place of PyTorch's default."""
-    torch.manual_seed(seed)
     width = task.train_inputs.shape[1]
     network = nn.Sequential(
         nn.Linear(width, 64), make_sigmoid(), nn.Linear(64, 64), make_sigmoid(), nn.Linear(64, task.classes)
-    ).to(task.train_inputs)
+    )
     if bias is not None:
         for layer in (network[0], network[2]):
             nn.init.constant_(layer.bias, bias)
     return network
 
 
-def compare(task, arguments):
-    """torch.nn.Sigmoid against ours in one dtype."""
+def compare(task, made, epochs, seed, label, **options):
+    """Train the network that each function of `made` makes, from the same seed; their runs by name."""
     runs = {}
-    for name, make_sigmoid in (
-        ("torch.nn.Sigmoid", nn.Sigmoid),
-        ("torch_sigmoid.Sigmoid", lambda: torch_sigmoid.Sigmoid(save=arguments.save)),
-    ):
-        network = build_network(task, make_sigmoid, arguments.seed)
-        steps = INTERPRETED_STEPS if arguments.interpret else None
-        runs[name] = train(task, network, arguments.epochs, arguments.seed, f"{task.name}, {name}", steps=steps)
+    for name, make in made.items():
+        torch.manual_seed(seed)
+        runs[name] = train(task, make().to(task.train_inputs), epochs, seed, f"{label}, {name}", **options)
     return runs
+
+
+def compare_layers(task, arguments, steps):
+    """torch.nn.Sigmoid against ours in one dtype."""
+    layers = {"torch.nn.Sigmoid": nn.Sigmoid, "torch_sigmoid.Sigmoid": lambda: torch_sigmoid.Sigmoid(save=arguments.save)}
+    made = {name: functools.partial(sigmoid_network, task, layer) for name, layer in layers.items()}
+    return compare(task, made, arguments.epochs, arguments.seed, task.name, steps=steps)
 
 
 def compare_saturated(task, arguments):
     """Under bf16 autocast, every sigmoid unit started at σ(8).
 
-    Without weight decay, which would pull the bias out of saturation whatever the gradient says.
+    Without weight decay, which would pull the bias out of saturation whatever the gradient is.
     """
-    runs = {}
-    for name, make_sigmoid in (
-        ("torch.nn.Sigmoid", nn.Sigmoid),
-        ('Sigmoid(save="output")', torch_sigmoid.Sigmoid),
-        ('Sigmoid(save="input")', lambda: torch_sigmoid.Sigmoid(save="input")),
-    ):
-        network = build_network(task, make_sigmoid, arguments.seed, bias=SATURATING_BIAS)
-        label = f"{task.name} in bf16 from σ({SATURATING_BIAS:g}), {name}"
-        runs[name] = train(task, network, arguments.epochs, arguments.seed, label, weight_decay=0, autocast=True)
-    return runs
+    layers = {
+        "torch.nn.Sigmoid": nn.Sigmoid,
+        'Sigmoid(save="output")': torch_sigmoid.Sigmoid,
+        'Sigmoid(save="input")': lambda: torch_sigmoid.Sigmoid(save="input"),
+    }
+    made = {name: functools.partial(sigmoid_network, task, layer, SATURATING_BIAS) for name, layer in layers.items()}
+    label = f"{task.name} in bf16 from σ({SATURATING_BIAS:g})"
+    return compare(task, made, arguments.epochs, arguments.seed, label, weight_decay=0, autocast=True)
 
 
-def compare_gated(task, arguments):
+def compare_gated(task, arguments, steps):
     """Torch's gates against ours, in each network."""
-    compared = {}
-    for name, make in networks.NETWORKS.items():
-        runs = compared[name] = {}
-        for gates_name, gates in (("torch operators", networks.TORCH), ("torch_sigmoid", networks.OURS)):
-            torch.manual_seed(arguments.seed)
-            network = make(gates, task.classes).to(task.train_inputs)
-            steps = INTERPRETED_STEPS if arguments.interpret else None
-            epochs = min(arguments.epochs, GATED_EPOCHS)
-            runs[gates_name] = train(task, network, epochs, arguments.seed, f"{name}, {gates_name}", steps=steps)
-    return compared
+    gates = {"torch operators": networks.TORCH, "torch_sigmoid": networks.OURS}
+    epochs = min(arguments.epochs, GATED_EPOCHS)
+    return {
+        network: compare(
+            task,
+            {name: functools.partial(make, own, task.classes) for name, own in gates.items()},
+            epochs,
+            arguments.seed,
+            network,
+            steps=steps,
+        )
+        for network, make in networks.NETWORKS.items()
+    }
 
 
 def draw(runs, epochs, title, path):
@@ -136,16 +139,12 @@ def draw_all(results, folder):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", type=torch.device, default=record.default_device(), help="default: %(default)s")
+    parser = record.parser("train", __doc__, out=Path("runs/train"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of 1 and 3 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--save", choices=["output", "input"], default="output", help="of ours in 1 (default: %(default)s)")
     parser.add_argument("--interpret", action="store_true", help="a few steps through the Triton kernels, on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
@@ -196,17 +195,18 @@ def main(argv=None) -> int:
     chosen = torch_sigmoid.path(torch.empty(1, device=device, dtype=dtype))
     print(f"{device}, {arguments.dtype}, save={arguments.save!r}, path {chosen.name}: {chosen.reason}")
 
+    steps = INTERPRETED_STEPS if interpret else None
     tasks = {task.name: task for task in load_tasks(device, dtype, arguments.seed)}
-    plain = {name: compare(task, arguments) for name, task in tasks.items()}
+    plain = {name: compare_layers(task, arguments, steps) for name, task in tasks.items()}
     saturated = {}
     if not interpret:
         in_fp32 = load_tasks(device, torch.float32, arguments.seed)
         saturated = {task.name: compare_saturated(task, arguments) for task in in_fp32}
-    gated = compare_gated(tasks["digits"], arguments)
-    limits = {"seeds": 1, "steps": INTERPRETED_STEPS} if interpret else {}
-    rare = imbalanced.compare(device, arguments.epochs, arguments.seed, **limits)
-    paired = retrieval.compare(device, arguments.epochs, arguments.seed, limits.get("steps"))
-    moved = boundary.run(device, arguments.seed, limits.get("steps", boundary.STEPS))
+    gated = compare_gated(tasks["digits"], arguments, steps)
+    seeds = 1 if interpret else imbalanced.SEEDS
+    rare = imbalanced.compare(device, arguments.epochs, arguments.seed, seeds, steps)
+    paired = retrieval.compare(device, arguments.epochs, arguments.seed, steps)
+    moved = boundary.run(device, arguments.seed, steps or boundary.STEPS)
 
     promised = arguments.dtype != "bfloat16" and arguments.save == "output" and not interpret
     show(f"{arguments.dtype}, the same seed with either layer", plain, "the loss difference must be 0" if promised else None)

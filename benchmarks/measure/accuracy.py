@@ -36,7 +36,7 @@ FP32_REACH = 87.0
 def inputs(dtype):
     """Every finite value of a 16-bit dtype; in fp32 a grid where the derivative is normal, and the points of AT."""
     if dtype.itemsize == 2:
-        patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+        patterns = patterns_16_bit(dtype, "cpu")
         return patterns[patterns.isfinite()]
     return torch.cat([torch.linspace(-87, 87, 100_001, dtype=torch.float64), torch.tensor(AT[dtype])]).to(dtype)
 

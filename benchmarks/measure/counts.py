@@ -8,7 +8,7 @@ peak      on a GPU: bytes per element allocated above the operands, at the highe
           backward has; the upstream gradient is not counted
 
 Checks each result before it counts. Writes counts.csv and .json (kernels) to the folder `cpu`, and memory.csv and .json to the
-device's folder. Takes about a minute.
+device's folder. Takes about two minutes.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from .operators import Operator, differentiable, operators, orders
 from .speed import Case, build, check, checked
 
 ROWS = COLUMNS = 8
-# Of the memory's operands, by device.
+# How many elements an operand has while its memory is measured.
 ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 20}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is BCE:
-            # A mode sees one operator, which runs these.
+            # To a mode this is one operator; count those that it runs.
             with self:
                 return decompositions.binary_cross_entropy_with_logits(*args, **(kwargs or {}))
         name = func._schema.name

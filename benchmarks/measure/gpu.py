@@ -12,11 +12,10 @@ counts      bytes saved for backward and at the peak, and kernels launched
 watch       what a GradientWatch costs a training step
 tune        launch shapes
 
-Needs torch, Triton, numpy and pytest, and no install. Writes each section's output to DIR/<section>.log, its numbers to
-DIR/<the GPU's name>/, and DIR/summary.md; exits with 1 if a section failed or ran out of time. Takes about an hour.
+Needs torch, Triton, numpy and pytest, and no install. Writes to --out: each section's output to <section>.log, its numbers to a
+folder with the GPU's name, and summary.md. Exits with 1 if a section failed or ran out of time. Takes about an hour.
 """
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -39,8 +38,6 @@ SHOWN = {
     "memory": ("operator", "provider", "dtype", "saved", "peak forward", "peak both"),
     "watch": ("watch", "microseconds a step", "overhead %"),
 }
-
-
 # These tests compile most: hundreds of layouts, and whole graphs.
 COMPILING_TESTS = ("tests/test_layouts.py", "tests/test_strides.py", "tests/test_tracing.py")
 
@@ -112,10 +109,7 @@ def summary(out: Path, outcomes: dict[str, str]) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/gpu"), help="default: %(default)s")
+    parser = record.parser("gpu", __doc__, device=False, out=Path("runs/gpu"))
     parser.add_argument("--sections", nargs="+", choices=commands(Path()), metavar="SECTION", help="default: all")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()

@@ -156,7 +156,7 @@ def change_of(before: str, after: str) -> str:
 
 
 def sample(seed: int, count: int, equivalent: Iterable[str] = ()) -> list[Mutant]:
-    """A mutant at each of `count` points of the checkout, and the `equivalent` ones drawn on the way."""
+    """Draw mutants at random points of the checkout until `count` of them are not `equivalent`."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -212,7 +212,7 @@ class Judge:
         copy_checkout(self.copy)
 
     def judge(self, mutant: Mutant) -> dict:
-        """Run the tests that concern a mutant; its row."""
+        """Run the tests that concern a mutant, and give its row."""
         row = {key: value for key, value in mutant._asdict().items() if key != "code"} | {"outcome": "survived"}
         row |= {"killed by": "", "seconds": None, "equivalent": ""}
         begin = time.monotonic()

@@ -19,7 +19,7 @@ from torch_sigmoid import kernels
 
 # A provider with a larger relative error is not timed: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-# GPT-OSS's.
+# The values that GPT-OSS uses.
 ALPHA, LIMIT = 1.702, 7.0
 ORDERS = ("forward", "backward", "double backward")
 
@@ -158,7 +158,7 @@ def clamped_swiglu(gate, up):
 
 
 def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
-    """torchvision.ops' formula."""
+    """The formula of torchvision.ops."""
     p = torch.sigmoid(inputs)
     loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
@@ -168,7 +168,7 @@ def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
 
 
 def siglip_loss(image, text, scale, bias=None):
-    """open_clip's formula: the mean over images of -log σ(±logit), + for the pair that belongs together."""
+    """open_clip's formula: -log σ(±logit), + for an image and its own text, summed over texts, averaged over images."""
     logits = scale * image @ text.T
     if bias is not None:
         logits = logits + bias

@@ -24,14 +24,15 @@ class WrongResultError(Exception):
     """A provider's result is not what the formula says, so its time means nothing."""
 
 
-def parser(name: str, doc: str, device: bool = True) -> argparse.ArgumentParser:
+def parser(name: str, doc: str, device: bool = True, out: Path = RESULTS) -> argparse.ArgumentParser:
     """The parser of a command whose help is `doc`, its module's docstring; `device`: whether the user chooses one."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if device:
         parser.add_argument("--device", type=torch.device, default=default_device(), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: benchmarks/results)")
+    shown = out.relative_to(ROOT) if out.is_absolute() else out
+    parser.add_argument("--out", type=Path, default=out, help=f"folder for the results (default: {shown})")
     return parser
 
 

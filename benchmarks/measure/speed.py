@@ -289,7 +289,7 @@ def copy_rate_of(buffers, device, rounds):
 
 
 def run(device, selection, rounds, seconds):
-    """All rows, and the cases that the time did not suffice for."""
+    """All rows, and the cases that would have begun after `seconds`."""
     rows, skipped, end = [], [], time.monotonic() + seconds
     plans = {name: PLANS[operator.family, device.type] for name, operator in selection.items()}
     work = [(name, case) for name, plan in plans.items() for case in plan.cases()]

@@ -25,7 +25,7 @@ ROUNDS = 10
 
 
 def launches(buffers):
-    """The three kernels: how many tensors each moves, and a call of it on the buffers of an index."""
+    """The three kernels: how many tensors each moves, and a function that calls it on the i-th buffers."""
     pairs = [(x, grad) for (x,), grad in buffers]
     return {
         "forward": (2, lambda i: kernels.sigmoid_forward(pairs[i % len(pairs)][0])),

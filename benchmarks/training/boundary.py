@@ -95,7 +95,7 @@ def rows(results: dict) -> list[dict]:
 
 
 def draw(results: dict, folder: Path) -> None:
-    """Each model a row: σ over the plane and the boundary σ = ½ at the start, on the way and in the end, then the losses."""
+    """A row for each model: σ over the plane and its boundary σ = ½ at the start, on the way and at the end, then the loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,8 +138,7 @@ def save(results: dict, folder: Path) -> None:
 
 
 def main(argv=None) -> int:
-    parser = record.parser("boundary", __doc__)
-    parser.set_defaults(out=Path("runs/train"))
+    parser = record.parser("boundary", __doc__, out=Path("runs/train"))
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)

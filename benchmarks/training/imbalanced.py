@@ -110,7 +110,7 @@ def train(task: Task, loss, epochs: int, seed: int, steps: int | None) -> Run:
     )
 
 
-def compare(device: torch.device, epochs: int, seed: int, seeds: int = SEEDS, steps: int | None = None):
+def compare(device: torch.device, epochs: int, seed: int, seeds: int, steps: int | None = None):
     """For each loss and each implementation, the runs from all seeds; an epoch has at most `steps` batches."""
     runs = {kind: {name: [] for name in losses} for kind, losses in LOSSES.items()}
     every = [(kind, name) for kind, losses in LOSSES.items() for name in losses]

@@ -127,7 +127,7 @@ def train_ranks(epochs: int, seed: int, steps: int | None) -> Run | None:
 
 
 def compare(device: torch.device, epochs: int, seed: int, steps: int | None = None) -> dict[str, Run | None]:
-    """The runs, without those that this machine cannot make; an epoch has at most `steps` batches."""
+    """The runs by name, two processes only if torch can start them; an epoch has at most `steps` batches."""
     epochs = min(epochs, EPOCHS)
     runs = {
         name: train(loss, device, epochs, seed, steps, f"paired views, {name}")

@@ -1,4 +1,4 @@
-"""The data, and the training loop that the networks on it share."""
+"""The two data sets, and the training loop that their networks share."""
 
 import contextlib
 import sys

@@ -114,7 +114,7 @@ def accuracies(rows, *setting):
 
 
 def deepest(rows, *setting):
-    """The largest depth that learns before the first that does not, and that one; None if there is none."""
+    """The depth up to which a setting learns, and the next one, at which it does not; None if there is no such depth."""
     reached = accuracies(rows, *setting)
     stops = next((depth for depth, accuracy in reached.items() if accuracy < LEARNS), None)
     learnt = [depth for depth in reached if stops is None or depth < stops]
