@@ -1,7 +1,7 @@
 """Draw every figure, and write every table of benchmarks/README.md between its markers.
 
 Measures nothing: it reads the files under benchmarks/results/, and a second run changes nothing. Writes the .png files beside
-the results that they show. Takes about twenty seconds.
+the results that they show. Takes about ten seconds.
 """
 
 import argparse

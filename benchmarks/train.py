@@ -13,7 +13,7 @@
 
 Writes train.json, boundary.json and figures. Exits with 1 if an accuracy is below 0.95 (0.6 of the pairs found), if a promised
 identity does not hold, if our gates cost 0.5 % of accuracy, or if a curve of our losses is not that of torch operators. Takes
-about two minutes on a CPU.
+a minute or two on a CPU.
 """
 
 import functools

@@ -4,8 +4,8 @@ Compiled for NVIDIA's sm_75 to sm_120 and AMD's gfx90a and gfx942: registers, sp
 per element of each sigmoid kernel. Executed by tests/ptx, as sm_90 would: bytes moved and instructions issued by each operator
 (see executed.py).
 
-Writes code.csv and .json, and executed.csv and .json, to the folder `code`. Takes about ten minutes, fewer when Triton's cache
-holds the kernels.
+Writes code.csv and .json, and executed.csv and .json, to the folder `code`. Takes several minutes, or less if
+Triton's cache holds the kernels.
 """
 
 import re

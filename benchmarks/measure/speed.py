@@ -10,7 +10,7 @@ A sample is a batch of calls between two events (two clock readings on a CPU); a
 quantiles over the rounds. A provider of another package gets operands of its own, because Liger-Kernel's backward overwrites
 them. No result is timed before it is checked.
 
-Writes speed, gates, losses and siglip (.csv and .json). Takes about five minutes on a CPU, and about twenty on a GPU.
+Writes speed, gates, losses and siglip (.csv and .json). Takes about two minutes on a CPU, and about twenty on a GPU.
 """
 
 import collections

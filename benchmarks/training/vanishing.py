@@ -6,7 +6,7 @@
    and saturated (every bias at +8): the same, and the fraction of gradients lost to rounding in the first step.
 
 Writes vanishing.csv and .json and two figures. Exits with 1 if a number is not finite, or if save="input" loses a gradient to
-rounding. Takes about ten minutes on a CPU.
+rounding. Takes a few minutes on a CPU.
 """
 
 import contextlib
