@@ -11,7 +11,7 @@ train: $(VENV)/installed
 
 # Networks of growing depth, watched: where their gradients vanish. Writes into benchmarks/results/.
 vanishing: $(VENV)/installed
-	$(RUN) -m benchmarks.vanishing $(ARGS)
+	$(RUN) -m benchmarks vanishing $(ARGS)
 
 # The same tests three times: as they are, then with kernels in Triton's interpreter, and with the machine code of a GPU, executed.
 test: lint
@@ -26,20 +26,20 @@ lint: $(VENV)/installed
 # Do the tests notice a wrong line? 100 random ones, each in a copy of the checkout, for hours; a second call continues there.
 mutants: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mutants]"
-	$(RUN) -m benchmarks.mutants $(ARGS)
+	$(RUN) -m benchmarks mutants $(ARGS)
 
-# Measures what this machine can measure, into benchmarks/results/.
+# Measures all that this machine can, into benchmarks/results/. `python -m benchmarks --help` lists the parts.
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks $(ARGS)
 
-# Draws every figure and writes every table of the README from benchmarks/results/.
+# Draws every figure, and writes every table of benchmarks/README.md, from benchmarks/results/.
 figures: $(VENV)/installed
-	$(RUN) -m benchmarks.figures $(ARGS)
+	$(RUN) -m benchmarks figures $(ARGS)
 
 # On a machine with a GPU and torch: tests, exhaustive numerics, speed, host and memory, without an install.
 OUT ?= runs/gpu
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
+	$(PYTHON) -m benchmarks gpu --out $(OUT) $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

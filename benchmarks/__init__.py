@@ -1,1 +1,1 @@
-"""Measurements: each module is a command, `python -m benchmarks.NAME`."""
+"""Trainings and measurements, and the page that shows them: `python -m benchmarks --help` lists the commands."""

@@ -1,41 +1,77 @@
-"""`python -m benchmarks` (`make bench`): every part of the suite that this machine can run; then `make figures` shows it.
+"""Measure, train and draw.
 
-Exits with 1 if a result was wrong. A part that needs what is not here says so and counts as done.
+python -m benchmarks                       measure all that this machine can, within half an hour: the parts marked *
+python -m benchmarks PART ... [OPTION ...] run these parts; each of them gets the options
+python -m benchmarks PART --help           what a part measures, what it writes and how long it takes
 """
 
+import argparse
+import ast
+import importlib.util
+import itertools
 import subprocess
 import sys
+from pathlib import Path
 
-import torch
-
-from . import record
-
-OTHERS = ("gates", "losses", "siglip")
-# Each in a process of its own: what one leaves compiled, patched or allocated is nothing to the next.
+MEASUREMENTS = ("accuracy", "code", "counts", "host", "watch", "pairs", "speed", "tune", "gpu", "mutants")
+# Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
-    "accuracy": ["benchmarks.accuracy"],
-    "code": ["benchmarks.code"],
-    "counts": ["benchmarks.counts"],
-    "host": ["benchmarks.host"],
-    "memory": ["benchmarks.memory"],
-    "watch": ["benchmarks.watch"],
-    "speed on the CPU": ["benchmarks.speed", "--device", "cpu"],
-    "speed on the GPU": ["benchmarks.speed", "--device", "cuda"],
-    "the gates' and losses' speed on the CPU": ["benchmarks.speed", "--device", "cpu", "--operators", *OTHERS],
-    "the gates' and losses' speed on the GPU": ["benchmarks.speed", "--device", "cuda", "--operators", *OTHERS],
-    "pairs": ["benchmarks.siglip"],
+    **{name: f"benchmarks.measure.{name}" for name in MEASUREMENTS},
+    "train": "benchmarks.train",
+    "vanishing": "benchmarks.training.vanishing",
+    "boundary": "benchmarks.training.boundary",
+    "figures": "benchmarks.figures",
 }
+# What runs if no part is named.
+SUITE = (
+    ("accuracy",),
+    ("code",),
+    ("counts",),
+    ("host",),
+    ("watch",),
+    ("pairs",),
+    ("speed", "--device", "cpu"),
+    ("speed", "--device", "cuda"),
+)
 
 
-def main() -> int:
+def list_of_parts() -> str:
+    in_suite = {name for name, *_ in SUITE}
+    lines = ["parts:"]
+    for name, module in PARTS.items():
+        # Parsed, not imported: help must not wait for torch.
+        source = Path(importlib.util.find_spec(module).origin).read_text()
+        summary = ast.get_docstring(ast.parse(source)).splitlines()[0]
+        lines.append(f"  {'*' if name in in_suite else ' '} {name:<10} {summary}")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    options = argv[len(names) :]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        usage="python -m benchmarks [PART ...] [OPTION ...]",
+        description=f"{__doc__}\n{list_of_parts()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    if not names and {"-h", "--help"} & {*options}:
+        parser.print_help()
+        return 0
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    commands = [(name,) for name in names] or SUITE
     failed = []
-    if not torch.cuda.is_available():
-        print("There is no GPU: its speed and peak memory, and the forward of all 2³² fp32 inputs, will not be measured.")
-    for name, command in PARTS.items():
-        print(f"\n== {name}", flush=True)
-        if subprocess.run([sys.executable, "-m", *command], cwd=record.ROOT).returncode:
+    for name, *own in commands:
+        if len(commands) > 1:
+            print(f"\n== {' '.join([name, *own])}", flush=True)
+        # In a process of its own, so that no part sees what another one compiled, patched or allocated.
+        if subprocess.run([sys.executable, "-m", PARTS[name], *own, *options]).returncode:
             failed.append(name)
-    print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'every part is done'}")
+    if len(commands) > 1:
+        print(f"\nFAILED: {', '.join(failed)}" if failed else "\nevery part is done")
     return int(bool(failed))
 
 

@@ -1,12 +1,16 @@
-"""Draw every figure, and write every table of the README between its markers, from the files under benchmarks/results/.
+"""Draw every figure, and write every table of benchmarks/README.md between its markers.
 
-Nothing is measured here: running it twice changes nothing the second time.
+Measures nothing: it reads the files under benchmarks/results/, and a second run changes nothing. Writes the .png files beside
+the results that they show. Takes about ten seconds.
 """
 
+import argparse
 import itertools
-import json
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -14,21 +18,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import record, speed, vanishing
-from .operators import operators
+from . import train
+from .measure import record, speed
+from .measure.operators import ORDERS, operators
+from .training import boundary, vanishing
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
-# Of the gates' and losses' times, those that the README shows; SigLIP's are of 256 and 1024 pairs, on a GPU of 4096.
+# The dtypes and sizes at which the page shows the gates' and losses' times; SigLIP's are 256 and 1024 pairs, on a GPU 4096.
 SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24),)
 SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 18)), (("bf16", 1 << 20),)
 NOT_MEASURED = "not measured yet"
-
-
-def save(figure, path):
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    print(f"drew {path.relative_to(record.ROOT)}")
 
 
 def draw_errors(accuracy, folder):
@@ -41,7 +41,7 @@ def draw_errors(accuracy, folder):
         panel.set(title=curve["dtype"], xlabel="x", ylim=(1e-8, 3))
     panels[0].set_ylabel("largest relative error of the gradient")
     panels[0].legend(loc="lower right", fontsize="small")
-    save(figure, folder / "gradient_errors.png")
+    record.save_figure(figure, folder / "gradient_errors.png")
 
 
 def draw_sigmoid(accuracy, folder):
@@ -58,7 +58,7 @@ def draw_sigmoid(accuracy, folder):
     for panel in panels:
         panel.set(xlabel="x")
         panel.legend()
-    save(figure, folder / "sigmoid.png")
+    record.save_figure(figure, folder / "sigmoid.png")
 
 
 def draw_speed(speed, folder):
@@ -83,7 +83,7 @@ def draw_speed(speed, folder):
             panel.set_ylim(bottom=0)
     grid[0][0].legend(fontsize="small")
     figure.suptitle(f"{speed['environment']['device']}, torch {speed['environment']['torch']}")
-    save(figure, folder / "speed.png")
+    record.save_figure(figure, folder / "speed.png")
 
 
 def draw_host(host, folder):
@@ -98,254 +98,283 @@ def draw_host(host, folder):
         panel.invert_yaxis()
         panel.set(xlabel=f"µs a {what}, forward and backward", title=dtype)
     figure.suptitle(host["environment"]["device"])
-    save(figure, folder / "host.png")
+    record.save_figure(figure, folder / "host.png")
 
 
-def markdown(columns, rows, right=()):
-    lines = [
-        "| " + " | ".join(columns) + " |",
-        "|" + "|".join("---:" if column in right else "---" for column in columns) + "|",
-    ]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+class Table(NamedTuple):
+    """A table of the page: `row` is a format string for each of `lines`, which are made from a file of results.
+
+    `caption` is a format string over the results and `source`, which names machine, versions, date and file. The first
+    `n_labels` columns are text.
+    """
+
+    file: str
+    header: str
+    row: str
+    caption: str = "Measured on {source}"
+    lines: Callable[[dict], list[dict]] = lambda results: results["rows"]
+    n_labels: int = 1
+
+    def write(self, results: dict, folder: Path) -> str:
+        cells = [self.row.format_map(line).split(" | ") for line in self.lines(results)]
+        table = record.markdown(self.header.split(" | "), cells, self.n_labels)
+        return f"{table}\n\n{self.caption.format(**results, source=source(folder, self.file.rpartition('/')[2], results))}"
 
 
-def source(folder, name, results):
+def source(folder: Path, name: str, results: dict) -> str:
     about = results["environment"]
-    versions = ", ".join(f"{label} {about[key]}" for key, label in (("torch", "torch"), ("triton", "Triton")) if about.get(key))
-    path = (folder / f"{name}.csv").relative_to(record.ROOT)
-    return f"{about['device']}, {versions}, {about['date']}; [the numbers]({path.as_posix()})."
+    versions = [f"{label} {about[key]}" for key, label in (("torch", "torch"), ("triton", "Triton")) if about.get(key)]
+    link = (folder / f"{name}.csv").relative_to(record.RESULTS).as_posix()
+    return f"{', '.join([about['device'], *versions, about['date']])}; [the numbers](results/{link})."
 
 
-def percent(value):
+def where(results: dict, **wanted) -> list[dict]:
+    return [row for row in results["rows"] if all(row[key] == value for key, value in wanted.items())]
+
+
+def pivot(rows: list[dict], line: str, *columns: str) -> list[dict]:
+    """One mapping for each value of `line`, with its rows under the values of `columns`, joined by a space."""
+    lines = {}
+    for row in rows:
+        lines.setdefault(row[line], {line: row[line]})[" ".join(row[column] for column in columns)] = row
+    return list(lines.values())
+
+
+def percent(value: float) -> str:
     return "0" if value == 0 else f"{100 * value:.2g} %" if value < 0.995 else "**100 %**"
 
 
-def accuracy_table(accuracy, folder):
-    rows = []
-    for row in accuracy["rows"]:
-        prefix = "error at "
-        at = ", ".join(f"{key.removeprefix(prefix)}: {percent(row[key])}" for key in row if key.startswith(prefix))
-        lost = f"{row['flushed to 0']} of {row['inputs']}"
-        rows.append((row["dtype"], row["provider"], lost, row["over 1 %"], percent(row["largest relative error"]), at))
-    columns = ("dtype", "gradient by", "lost (exactly 0)", "more than 1 % off", "largest error", "at x = …")
-    path = f"path {accuracy['environment']['path']}"
-    return f"{markdown(columns, rows)}\n\nMeasured on {path}: {source(folder, 'accuracy', accuracy)}"
+def accuracy_lines(accuracy: dict) -> list[dict]:
+    def line(row):
+        errors = {key.removeprefix("error at "): percent(row[key]) for key in row if key.startswith("error at ")}
+        at = ", ".join(f"{x}: {error}" for x, error in errors.items())
+        return row | {"largest": percent(row["largest relative error"]), "at": at}
+
+    return [line(row) for row in accuracy["rows"]]
 
 
-def host_table(host, folder):
-    """A layer's forward and backward, one row a provider."""
-    layers = [row for row in host["rows"] if row["what"] == "layer"]
-    providers = list(dict.fromkeys(row["provider"] for row in layers))
-    rows = []
-    for provider in providers:
-        cells = [provider]
+def code_lines(code: dict) -> list[dict]:
+    """The kernels for an odd n, whose code has a tail."""
+    kernels = ("forward", "backward-from-output", "backward-from-input")
+    rows = where(code, target="sm_90")
+    return [row for row in rows if row["operator"] in kernels and row["dtype"] in DTYPES and row["n"] % 16]
+
+
+def executed_lines(executed: dict) -> list[dict]:
+    """What each order moves and issues, over the ideal and the budget; an order that launches no kernel is left out."""
+
+    def ratios(line, dtype, over, under):
+        rows = [line[key] for order in ORDERS if (key := f"{dtype} {order}") in line]
+        return " / ".join(f"{row[over] / row[under]:.2f}" for row in rows)
+
+    lines = pivot(executed["rows"], "operator", "dtype", "order")
+    for line in lines:
         for dtype in ("fp32", "bf16"):
-            (row,) = (row for row in layers if (row["provider"], row["dtype"]) == (provider, dtype))
-            cells += [f"{row['microseconds']:.1f} µs", f"{row['time / torch']:.2f}"]
-        rows.append(cells)
-    columns = ("layer", "fp32", "÷ torch", "bf16", "÷ torch")
-    return f"{markdown(columns, rows, right=columns[1:])}\n\nMeasured on a {source(folder, 'host', host)}"
+            line[f"bytes {dtype}"] = ratios(line, dtype, "bytes per element", "ideal bytes")
+            line[f"instructions {dtype}"] = ratios(line, dtype, "instructions per element", "budget")
+    return lines
 
 
-def speed_table(speed, folder):
-    """Time over torch's at each size."""
-    rows = [row for row in speed["rows"] if row["layout"] == "dense" and row["provider"].startswith("ours")]
-    columns = list(dict.fromkeys((row["dtype"], row["provider"], row["mode"]) for row in rows))
-    lines = []
-    for n in dict.fromkeys(row["n"] for row in rows):
-        by = {(row["dtype"], row["provider"], row["mode"]): row["time / torch"] for row in rows if row["n"] == n}
-        lines.append([f"{n:,}", *(f"{by[column]:.2f}" if column in by else "" for column in columns)])
-    heads = ["elements", *(f"{provider}, {dtype} {mode}" for dtype, provider, mode in columns)]
-    return f"{markdown(heads, lines, right=heads)}\n\nTime over torch.nn.Sigmoid's, {source(folder, 'speed', speed)}"
+def memory_lines(memory: dict) -> list[dict]:
+    """One line for each of our functions: under each dtype, the bytes that torch's keeps and those that ours keeps."""
+    saved = {(row["operator"], row["provider"], row["dtype"]): row["saved"] for row in memory["rows"]}
+    lines = {}
+    for (operator, provider, dtype), ours in saved.items():
+        if provider.startswith("ours"):
+            name = operator + provider.removeprefix("ours")
+            lines.setdefault(name, {"operator": name})[dtype] = saved[operator, "torch", dtype], ours
+    return list(lines.values())
 
 
-def code_table(code, folder):
-    operators = ("forward", "backward-from-output", "backward-from-input")
-    rows = [
-        (row["operator"], row["dtype"], row["instructions per element"], row["registers"], row["spills"])
-        for row in code["rows"]
-        if row["target"] == "sm_90" and row["operator"] in operators and row["dtype"] in DTYPES and row["n"] % 16
+def saturated_lines(results: dict) -> list[dict]:
+    rows = [row for row in vanishing.saves(results["rows"]) if row["initialisation"] == "saturated"]
+    first_step = "first step: "
+    lines = [{key.removeprefix(first_step): value for key, value in row.items()} for row in rows]
+    return [line | {"lost": percent(line["lost to rounding"])} for line in lines]
+
+
+def pairs_lines(pairs: dict) -> list[dict]:
+    lines = pivot(pairs["rows"], "pairs", "provider")
+    return [line | {"ratio": line["ours"]["peak MiB"] / line["torch"]["peak MiB"]} for line in lines]
+
+
+TABLES = {
+    "accuracy": Table(
+        "cpu/accuracy",
+        "dtype | gradient by | lost (exactly 0) | more than 1 % off | largest error | at x = …",
+        "{dtype} | {provider} | {flushed to 0} of {inputs} | {over 1 %} | {largest} | {at}",
+        "Measured on path {environment[path]}: {source}",
+        accuracy_lines,
+        n_labels=2,
+    ),
+    "host": Table(
+        "cpu/host",
+        "layer | fp32 | ÷ torch | bf16 | ÷ torch",
+        "{provider} | {fp32[microseconds]:.1f} µs | {fp32[time / torch]:.2f} "
+        "| {bf16[microseconds]:.1f} µs | {bf16[time / torch]:.2f}",
+        "Measured on a {source}",
+        lambda results: pivot(where(results, what="layer"), "provider", "dtype"),
+    ),
+    "code": Table(
+        "code/code",
+        "kernel on sm_90, n odd | dtype | instructions per element | registers | spills",
+        "{operator} | {dtype} | {instructions per element} | {registers} | {spills}",
+        "Read off the machine code: {source}",
+        code_lines,
+        n_labels=2,
+    ),
+    "executed": Table(
+        "code/executed",
+        "operator | bytes ÷ ideal, fp32 | bytes ÷ ideal, bf16 | instructions ÷ budget, fp32 | instructions ÷ budget, bf16",
+        "`{operator}` | {bytes fp32} | {bytes bf16} | {instructions fp32} | {instructions bf16}",
+        "Forward / backward / double backward, {source}",
+        executed_lines,
+    ),
+    "memory": Table(
+        "cpu/memory",
+        "operator | fp32, torch → ours | bf16, torch → ours",
+        "`{operator}` | {fp32[0]:.4g} → {fp32[1]:.4g} | {bf16[0]:.4g} → {bf16[1]:.4g}",
+        "Bytes per element, {source}",
+        memory_lines,
+    ),
+    "vanishing": Table(
+        "cpu/vanishing",
+        "activation | precision | initialisation | learns up to depth | stops at depth",
+        "{activation} | {precision} | {initialisation} | {learns up to depth} | {stops at depth}",
+        lines=lambda results: vanishing.summary(results["rows"]),
+        n_labels=3,
+    ),
+    "saturated": Table(
+        "cpu/vanishing",
+        "saturated layers | precision | activation | accuracy | gradient entering the last | leaving the first "
+        "| lost to rounding",
+        "{depth} | {precision} | {activation} | {accuracy:.3f} | {gradient entering the last layer:.2g} "
+        "| {gradient leaving the first layer:.2g} | {lost}",
+        lines=saturated_lines,
+        n_labels=3,
+    ),
+    "watch": Table(
+        "cpu/watch",
+        "watch | µs a step | overhead",
+        "{watch} | {microseconds a step:.0f} | {overhead %:+.1f} %",
+        "{rows[0][layers]} hidden layers of width {rows[0][width]}, batches of {rows[0][batch]}: {source}",
+    ),
+    "pairs": Table(
+        "cpu/pairs",
+        "pairs | peak MiB, plain formula → ours | ours ÷ plain | ms, forward + backward",
+        "{pairs} | {torch[peak MiB]:.0f} → {ours[peak MiB]:.0f} | {ratio:.2f} "
+        "| {torch[milliseconds]:.0f} → {ours[milliseconds]:.0f}",
+        "Features of width {width}, fp32, chunks of {chunk_size}, above the features themselves: {source}",
+        pairs_lines,
+        n_labels=0,
+    ),
+}
+
+
+def speed_table(results: dict, folder: Path) -> str:
+    """Our time over torch's at each size, in every dtype and mode that was measured."""
+    rows = [row for row in where(results, layout="dense") if row["provider"].startswith("ours")]
+    heads = {f"{row['dtype']} {row['provider']} {row['mode']}": "{provider}, {dtype} {mode}".format_map(row) for row in rows}
+    header, row = " | ".join(["elements", *heads.values()]), " | ".join(["{n:,}", *(f"{{{key}}}" for key in heads)])
+    lines = [
+        {"n": line["n"]} | {key: f"{line[key]['time / torch']:.2f}" if key in line else "" for key in heads}
+        for line in pivot(rows, "n", "dtype", "provider", "mode")
     ]
-    columns = ("kernel on sm_90, n odd", "dtype", "instructions per element", "registers", "spills")
-    about = f"Read off the machine code: {source(folder, 'code', code)}"
-    executed = record.read(folder, "executed")
-    return "\n\n".join(
-        [markdown(columns, rows, right=columns[2:]), about, *([executed_table(executed, folder)] if executed else [])]
-    )
+    caption = "Time over torch.nn.Sigmoid's, {source}"
+    return Table("speed", header, row, caption, lambda results: lines, n_labels=0).write(results, folder)
 
 
-def executed_table(executed, folder):
-    """Bytes over the ideal, and instructions over the budget, of each operator in each order."""
-    by = {(row["operator"], row["dtype"], row["order"]): row for row in executed["rows"]}
-    shown = ("fp32", "bf16")
-
-    def ratios(operator, over, under):
-        orders = dict.fromkeys(row["order"] for row in executed["rows"])
-        cells = [by.get((operator, dtype, order)) for dtype in shown for order in orders]
-        return ["" if row is None else f"{row[over] / row[under]:.2f}" for row in cells]
-
-    lines = []
-    for operator in dict.fromkeys(row["operator"] for row in executed["rows"]):
-        moved = ratios(operator, "bytes per element", "ideal bytes")
-        issued = ratios(operator, "instructions per element", "budget")
-        cells = (" / ".join(each[first : first + 3]).rstrip(" /") for each in (moved, issued) for first in (0, 3))
-        lines.append([f"`{operator}`", *cells])
-    columns = ["operator", *(f"{what}, {dtype}" for what in ("bytes ÷ ideal", "instructions ÷ budget") for dtype in shown)]
-    about = f"Forward / backward / double backward, {source(folder, 'executed', executed)}"
-    return f"{markdown(columns, lines, right=columns[1:])}\n\n{about}"
-
-
-def vanishing_table(vanishing_results, folder):
-    """Where each activation stops to learn, then what save= does to sigmoid layers that start saturated."""
-    stops = [list(row.values()) for row in vanishing.summary(vanishing_results["rows"])]
-    saves = []
-    for row in vanishing.saves(vanishing_results["rows"]):
-        if row["initialisation"] != "saturated":
-            continue
-        norms = [
-            f"{row[f'first step: gradient {where}']:.2g}" for where in ("entering the last layer", "leaving the first layer")
-        ]
-        lost = percent(row["first step: lost to rounding"])
-        about = (row[key] for key in ("depth", "precision", "activation"))
-        saves.append((*about, f"{row['accuracy']:.3f}", *norms, lost))
-    first = markdown(list(vanishing.summary([])[0]), stops)
-    gradient = ("gradient entering the last", "leaving the first", "lost to rounding")
-    columns = ("saturated layers", "precision", "activation", "accuracy", *gradient)
-    return f"{first}\n\n{markdown(columns, saves)}\n\nMeasured on {source(folder, 'vanishing', vanishing_results)}"
-
-
-def watch_table(watch, folder):
-    rows = [(row["watch"], f"{row['microseconds a step']:.0f}", f"{row['overhead %']:+.1f} %") for row in watch["rows"]]
-    shape = watch["rows"][0]
-    about = f"{shape['layers']} hidden layers of width {shape['width']}, batches of {shape['batch']}"
-    return f"{markdown(('watch', 'µs a step', 'overhead'), rows)}\n\n{about}: {source(folder, 'watch', watch)}"
-
-
-def ratios(rows, operator, shown):
-    """Our time over torch's, forward and backward, at each of the dtypes and sizes shown."""
-    by = {
-        (row["dtype"], row["n"]): row["time / torch"]
-        for row in rows
-        if (row["operator"], row["provider"], row["mode"]) == (operator, "ours", "both")
-    }
-    return " / ".join(f"{by[key]:.2f}" if key in by else NOT_MEASURED for key in shown)
-
-
-def operators_table(cpu, gpus):
+def operators_table(cpu: Path, gpus: list[Path]) -> str:
     """What each operator launches and keeps, and its time over torch's on the CPU and on every GPU."""
-    counts = record.read(cpu, "counts")
     files = [name for family, name in speed.FILES.items() if family != "sigmoid"]
     timed = {(folder, name): results for folder in (cpu, *gpus) for name in files if (results := record.read(folder, name))}
-    measured = list(dict.fromkeys(folder for folder, _ in timed if folder != cpu))
-    by = {(row["operator"], row["provider"]): row for row in counts["rows"]}
+    measured = {folder: results["environment"]["device"] for (folder, _), results in timed.items() if folder != cpu}
 
-    def times(folder, name, shown):
-        results = timed.get((folder, speed.FILES[operators()[name].family]))
-        return ratios(results["rows"], name, shown) if results else NOT_MEASURED
+    def times(folder, operator, shown, shown_of_siglip):
+        """Our time over torch's, forward and backward, at the dtypes and sizes shown."""
+        family = operators()[operator].family
+        rows = where(timed.get((folder, speed.FILES[family]), {"rows": []}), operator=operator, provider="ours", mode="both")
+        ratios = {(row["dtype"], row["n"]): f"{row['time / torch']:.2f}" for row in rows}
+        keys = shown_of_siglip if family == "siglip" else shown
+        return " / ".join(ratios.get(key, NOT_MEASURED) for key in keys) if ratios else NOT_MEASURED
 
-    lines = []
-    for name in dict.fromkeys(name for name, _ in by):
-        both = by[name, "torch"], by[name, "ours"]
-        kernels = [" / ".join(str(row[order]) for order in ("forward", "backward", "double backward")) for row in both]
-        is_siglip = operators()[name].family == "siglip"
-        on_cpu, on_gpu = (SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU) if is_siglip else (SHOWN_ON_CPU, SHOWN_ON_GPU)
-        lines.append(
-            [
-                f"`{name}`",
-                operators()[name].written,
-                " → ".join(kernels),
-                " → ".join(f"{row['saved']:.4g}" for row in both),
-                times(cpu, name, on_cpu),
-                *(times(folder, name, on_gpu) for folder in measured),
-                *([] if measured else [NOT_MEASURED]),
-            ]
-        )
-    columns = [
-        "operator",
-        "formula",
-        "kernels forward / backward / double backward, torch → ours",
-        "saved, in tensors of the output's size (a loss's: of the logits'), torch → ours",
-        "CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements",
-    ]
-    devices = {folder: results["environment"]["device"] for (folder, _), results in timed.items()}
-    columns += [f"{devices[folder]}, time ÷ torch's, bf16, 2²⁴ elements" for folder in measured]
-    columns += [] if measured else ["GPU, time ÷ torch's"]
-    about = [f"Kernels and memory counted on {source(cpu, 'counts', counts)}"]
-    about += [f"Timed on {source(folder, name, results)}" for (folder, name), results in timed.items()]
-    return f"{markdown(columns, lines)}\n\n" + "\n".join(about)
+    def lines(counts):
+        for line in pivot(counts["rows"], "operator", "provider"):
+            name = line["operator"]
+            on_gpus = [times(folder, name, SHOWN_ON_GPU, SHOWN_OF_SIGLIP_ON_GPU) for folder in measured] or [NOT_MEASURED]
+            on_cpu = times(cpu, name, SHOWN_ON_CPU, SHOWN_OF_SIGLIP_ON_CPU)
+            yield line | {"formula": operators()[name].written, "times": " | ".join([on_cpu, *on_gpus])}
+
+    launched, launched_by_ours = (" / ".join(f"{{{who}[{order}]}}" for order in ORDERS) for who in ("torch", "ours"))
+    on_gpus = [f"{device}, time ÷ torch's, bf16, 2²⁴ elements" for device in measured.values()] or ["GPU, time ÷ torch's"]
+    table = Table(
+        "cpu/counts",
+        "operator | formula | kernels forward / backward / double backward, torch → ours "
+        "| saved, in tensors of the output's size (a loss's: of the logits'), torch → ours "
+        f"| CPU, time ÷ torch's, forward + backward, fp32, 2¹⁶ / 2²⁰ elements | {' | '.join(on_gpus)}",
+        f"`{{operator}}` | {{formula}} | {launched} → {launched_by_ours} "
+        "| {torch[saved]:.4g} → {ours[saved]:.4g} | {times}",
+        "\n".join(
+            ["Kernels and memory counted on {source}"]
+            + [f"Timed on {source(folder, name, results)}" for (folder, name), results in timed.items()]
+        ),
+        lines,
+        n_labels=2,
+    )
+    return table.write(record.read(cpu, "counts"), cpu)
 
 
-def pairs_table(pairs, folder):
-    """Peak memory and time of SigLIP over the number of pairs."""
-    by = {(row["pairs"], row["provider"]): row for row in pairs["rows"]}
-    lines = []
-    for size in dict.fromkeys(row["pairs"] for row in pairs["rows"]):
-        theirs, ours = by[size, "torch"], by[size, "ours"]
-        ratio = ours["peak MiB"] / theirs["peak MiB"]
-        seconds = f"{theirs['milliseconds']:.0f} → {ours['milliseconds']:.0f}"
-        lines.append((size, f"{theirs['peak MiB']:.0f} → {ours['peak MiB']:.0f}", f"{ratio:.2f}", seconds))
-    columns = ("pairs", "peak MiB, plain formula → ours", "ours ÷ plain", "ms, forward + backward")
-    about = f"Features of width {pairs['width']}, fp32, chunks of {pairs['chunk_size']}, above the features themselves"
-    return f"{markdown(columns, lines, right=columns)}\n\n{about}: {source(folder, 'pairs', pairs)}"
-
-
-def gpu_table(folders):
+def gpu_tables(gpus: list[Path]) -> str:
     """The speed on each GPU that has been measured."""
-    tables = []
-    for folder in folders:
-        if speed := record.read(folder, "speed"):
-            tables.append(
-                f"{speed_table(speed, folder)}\n\n![speed over size]({(folder / 'speed.png').relative_to(record.ROOT)})"
-            )
+    tables = [
+        f"{speed_table(results, folder)}\n\n![time over size](results/{folder.name}/speed.png)"
+        for folder in gpus
+        if (results := record.read(folder, "speed"))
+    ]
     return "\n\n".join(tables) or "Not measured yet: no GPU has run the suite."
 
 
-def update_readme(name, text):
+def update_page(name: str, text: str) -> None:
     """Replace what stands between the markers of `name`."""
     begin, end = f"<!-- {name}: written by `make figures` -->", f"<!-- end of {name} -->"
     content = record.README.read_text()
     if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"README.md must have each of {begin} and {end} once")
+        raise ValueError(f"{record.README} must have each of {begin} and {end} once")
     pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
     record.README.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content))
 
 
-DRAWINGS = {"accuracy": (draw_errors, draw_sigmoid), "speed": (draw_speed,), "host": (draw_host,)}
-TABLES = {
-    "accuracy": accuracy_table,
-    "speed": speed_table,
-    "host": host_table,
-    "code": code_table,
-    "vanishing": vanishing_table,
-    "watch": watch_table,
-    "pairs": pairs_table,
+# What is drawn from each file of results; a drawing gets the results and the folder for the figure.
+DRAWINGS = {
+    "accuracy": (draw_errors, draw_sigmoid),
+    "speed": (draw_speed,),
+    "host": (draw_host,),
+    "vanishing": (vanishing.draw_all,),
+    "train/train": (train.draw_all,),
+    "train/boundary": (boundary.draw,),
 }
 
 
-def main() -> int:
+def main(argv=None) -> int:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     folders = sorted(path for path in record.RESULTS.iterdir() if path.is_dir())
     for folder in folders:
         for name, drawings in DRAWINGS.items():
             if results := record.read(folder, name):
                 for draw in drawings:
-                    draw(results, folder)
-        if results := record.read(folder, "vanishing"):
-            for path in vanishing.draw_all(results, folder):
-                print(f"drew {path.relative_to(record.ROOT)}")
-        if (folder / "train" / "train.json").exists():
-            from . import train
-
-            for path in train.draw_all(json.loads((folder / "train" / "train.json").read_text()), folder / "train"):
-                print(f"drew {path.relative_to(record.ROOT)}")
+                    draw(results, (folder / name).parent)
     for name, table in TABLES.items():
-        folder = record.RESULTS / ("code" if name == "code" else "cpu")
-        if results := record.read(folder, name):
-            update_readme(name, table(results, folder))
-    gpus = [folder for folder in folders if folder.name not in ("cpu", "code")]
-    update_readme("gpu", gpu_table(gpus))
-    if (record.RESULTS / "cpu" / "counts.json").exists():
-        update_readme("operators", operators_table(record.RESULTS / "cpu", gpus))
-    print("updated the tables of README.md")
+        folder, _, file = table.file.partition("/")
+        if results := record.read(record.RESULTS / folder, file):
+            update_page(name, table.write(results, record.RESULTS / folder))
+    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code")]
+    if results := record.read(cpu, "speed"):
+        update_page("speed", speed_table(results, cpu))
+    update_page("gpu", gpu_tables(gpus))
+    update_page("operators", operators_table(cpu, gpus))
+    print(f"wrote the tables of {record.README}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Run by test_launch.py in a process whose GPU is the stub of benchmarks/stub.py: what kept launches hand to the driver.
+"""Run by test_launch.py on the stub of a GPU (benchmarks/measure/stub.py): what kept launches hand to the driver.
 
 Each `check_` provokes one hazard of keeping compilations. Prints a JSON object: the name of each check, and its failure.
 """
@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 import torch_sigmoid
-from benchmarks import stub
+from benchmarks.measure import stub
 
 stub.activate()
 

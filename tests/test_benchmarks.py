@@ -1,15 +1,20 @@
 """The suite: it refuses to time what is wrong, says what it cannot measure, and draws only what the files say."""
 
+import importlib
 import json
 import math
+import re
+import subprocess
 
 import pytest
 import torch
 
 import torch_sigmoid
-from benchmarks import counts, gpu, record, siglip, speed
-from benchmarks import operators as table
-from benchmarks.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
+from benchmarks import __main__ as entry
+from benchmarks.__main__ import PARTS
+from benchmarks.measure import counts, gpu, pairs, record, speed
+from benchmarks.measure import operators as table
+from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
 from torch_sigmoid import kernels
 
 CPU = torch.device("cpu")
@@ -189,7 +194,7 @@ def test_another_packages_operator_may_overwrite_its_own_operands_only():
 
 def test_speed_writes_a_row_for_each_provider_and_mode(monkeypatch, tmp_path):
     monkeypatch.setitem(speed.PLANS, ("sigmoid", "cpu"), speed.Plan((torch.float32,), (64, 1000)))
-    assert speed.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    assert speed.main(["--device", "cpu", "--operators", "sigmoid", "--rounds", "3", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cpu" / "speed.json").read_text())
     assert {"device", "driver", "torch", "triton", "date", "commit"} <= set(results["environment"])
     rows = results["rows"]
@@ -227,17 +232,17 @@ def test_the_losses_have_files_of_their_own(monkeypatch, tmp_path):
 
 
 @not_interpreted
-@pytest.mark.skipif(not siglip.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
+@pytest.mark.skipif(not pairs.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
 def test_the_memory_of_pairs_is_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
-    assert siglip.main(["--device", "cpu", "--pairs", "300", "4096", "--out", str(tmp_path)]) == 0
+    assert pairs.main(["--device", "cpu", "--pairs", "300", "4096", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / "pairs.json").read_text())["rows"]
     assert [(row["pairs"], row["provider"]) for row in rows] == [(n, name) for n in (300, 4096) for name in ("torch", "ours")]
     theirs, ours = (row["peak MiB"] for row in rows[2:])
     # Three matrices of all pairs at least; ours holds a sixteenth of each at a time.
     assert theirs > 3 * 4 * 4096**2 / 2**20
     assert ours < theirs / 4
-    monkeypatch.setitem(siglip.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
-    assert siglip.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1
+    monkeypatch.setitem(pairs.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
+    assert pairs.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert not (tmp_path / "wrong").exists()
 
@@ -259,15 +264,16 @@ def test_a_gpus_section_of_gates_and_its_summary(monkeypatch, tmp_path):
     row = {"operator": "swiglu", "mode": "both", "dtype": "bf16", "layout": "dense", "n": 16, "time / torch": 0.5}
     record.write(tmp_path, "gates", [row | {"provider": "ours"}, row | {"provider": "fla"}], {})
     lines = gpu.summary(tmp_path, {}).splitlines()
-    assert "- swiglu, ours, both, bf16, dense, 16: 0.50" in lines
-    assert "- swiglu, fla, both, bf16, dense, 16: 0.50" in lines
+    assert "| swiglu | ours | both | bf16 | dense | 16 |  | 0.5 |  |" in lines
+    assert "| swiglu | fla | both | bf16 | dense | 16 |  | 0.5 |  |" in lines
 
 
 def test_counts_are_of_launches_and_of_torch_operators_beside_them():
     x = torch.randn(8, 8)
 
     def of(function, *operands):
-        return [counter.kernels for counter in counts.count(function, [operand.requires_grad_() for operand in operands])]
+        counters = counts.count(function, [operand.requires_grad_() for operand in operands])
+        return [counter.kernels for counter in counters.values()]
 
     torchs = [1, 1, 10]
     assert of(torch.nn.functional.silu, x) == torchs
@@ -280,8 +286,9 @@ def test_counts_are_of_launches_and_of_torch_operators_beside_them():
 
 
 @pytest.mark.skipif(bool(kernels.UNAVAILABLE), reason="counts launches")
-def test_counts_are_written(tmp_path):
-    assert counts.main(["--out", str(tmp_path)]) == 0
+def test_counts_are_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(counts, "measure_memory", lambda device: [])
+    assert counts.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / "counts.json").read_text())["rows"]
     assert [(row["operator"], row["provider"]) for row in rows] == [
         (name, label) for name in operators() if name != "sigmoid" for label in ("torch", "ours")
@@ -296,7 +303,7 @@ def test_the_table_of_operators_takes_what_is_measured(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     from benchmarks import figures
 
-    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     cpu, gpu = tmp_path / "cpu", tmp_path / "A-GPU"
     about = {"device": "a device", "torch": "2", "date": "today"}
     kinds = {"forward": 2, "backward": 3, "double backward": 17, "saved": 3.0}
@@ -312,15 +319,13 @@ def test_the_table_of_operators_takes_what_is_measured(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):
     assert speed.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]) == 0
-    assert "not measured for want of time" in capsys.readouterr().out
+    assert "the time was up" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("part", ["gpu", "tune", "speed"])
 def test_a_part_that_needs_a_gpu_says_so_and_is_no_failure(part, tmp_path, capsys):
-    import importlib
-
-    module = importlib.import_module(f"benchmarks.{part}")
+    module = importlib.import_module(f"benchmarks.measure.{part}")
     arguments = ["--device", "cuda"] if part == "speed" else []
     assert module.main([*arguments, "--out", str(tmp_path / "results")]) == 0
     assert "there is no GPU" in capsys.readouterr().out
@@ -328,7 +333,7 @@ def test_a_part_that_needs_a_gpu_says_so_and_is_no_failure(part, tmp_path, capsy
 
 
 def test_the_host_part_without_a_compiler_says_so(monkeypatch, tmp_path, capsys):
-    from benchmarks import host, stub
+    from benchmarks.measure import host, stub
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -338,22 +343,16 @@ def test_the_host_part_without_a_compiler_says_so(monkeypatch, tmp_path, capsys)
 
 
 def test_what_is_saved_is_counted_once(device):
-    from benchmarks.memory import saved_bytes
-
     x = torch.randn(1000, device=device, requires_grad=True)
-    assert saved_bytes(torch.sigmoid, x) == 4000
-    assert saved_bytes(lambda x: torch_sigmoid.sigmoid(x, save="input"), x) == 4000
-    assert saved_bytes(lambda x: torch.sigmoid(x) * x, x) == 8000
+    assert counts.saved_bytes(torch.sigmoid, x) == 4000
+    assert counts.saved_bytes(lambda x: torch_sigmoid.sigmoid(x, save="input"), x) == 4000
+    assert counts.saved_bytes(lambda x: torch.sigmoid(x) * x, x) == 8000
 
 
-def test_memory_is_that_of_every_operator(monkeypatch, tmp_path):
-    from benchmarks import memory
-
-    monkeypatch.setattr(memory, "ELEMENTS", 1 << 16)
-    monkeypatch.setattr(memory, "DTYPES", (torch.bfloat16,))
-    assert memory.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "cpu" / "memory.json").read_text())["rows"]
-    saved = {(row["operator"], row["provider"]): row["saved"] for row in rows}
+def test_memory_is_that_of_every_operator(monkeypatch):
+    monkeypatch.setitem(counts.ELEMENTS, "cpu", 1 << 16)
+    monkeypatch.setattr(counts, "DTYPES", (torch.bfloat16,))
+    saved = {(row["operator"], row["provider"]): row["saved"] for row in counts.measure_memory(CPU)}
     assert {name for name, _ in saved} == operators().keys()
     assert saved["glu", "ours"] == saved["swiglu, packed", "ours"] == saved["swiglu, clamped", "ours"] == 4
     assert (saved["swiglu", "torch"], saved["swiglu", "ours"]) == (6, 4)
@@ -362,7 +361,7 @@ def test_memory_is_that_of_every_operator(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
-    accuracy = pytest.importorskip("benchmarks.accuracy")
+    accuracy = pytest.importorskip("benchmarks.measure.accuracy")
     monkeypatch.setattr(accuracy, "DTYPES", (dtype,))
     monkeypatch.setattr(accuracy.torch_sigmoid, "sigmoid", torch.sigmoid)
     (row,) = accuracy.exhaustive(CPU)
@@ -375,32 +374,82 @@ def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
     assert row["ulp of ours"] > 1
 
 
-def test_the_readmes_figures_and_tables_are_those_of_the_committed_files(monkeypatch, tmp_path):
+def test_the_pages_figures_and_tables_are_those_of_the_committed_files(monkeypatch, tmp_path):
     """`make figures` changes nothing."""
     for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
         pytest.importorskip(needed)
     from benchmarks import figures
 
-    readme = record.README.read_text()
+    page = record.README.read_text()
     copy = tmp_path / "README.md"
-    copy.write_text(readme)
+    copy.write_text(page)
     monkeypatch.setattr(record, "README", copy)
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(path), figures.plt.close(figure)))
-    for module in ("train", "vanishing"):
-        monkeypatch.setattr(f"benchmarks.{module}.draw_all", lambda results, folder: [])
-    assert figures.main() == 0
-    assert copy.read_text() == readme
+    drawn = set()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: drawn.add(path))
+    assert figures.main([]) == 0
+    assert copy.read_text() == page
+    # The page shows every figure and no other, and all are committed.
+    shown = {record.RESULTS.parent / path for path in re.findall(r"\]\((results/[^)]*\.png)\)", page)}
+    assert shown == drawn
     assert all(path.exists() for path in drawn)
-    shown = {record.ROOT / path for path in figures.re.findall(r"\]\((benchmarks/results/[^)]*\.png)\)", readme)}
-    assert all(path.exists() for path in shown)
+
+
+def test_links_lead_somewhere():
+    for page in (record.README, record.ROOT / "README.md"):
+        text = page.read_text()
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            assert "://" in link or (page.parent / path).exists(), f"{page}: {link}"
+            assert path or anchor in anchors, f"{page}: {link}"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_says_what_it_measures_what_it_writes_and_how_long_it_takes(part, capsys):
+    for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
+    module = importlib.import_module(PARTS[part])
+    with pytest.raises(SystemExit) as exit:
+        module.main(["--help"])
+    assert exit.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m benchmarks")
+    summary = module.__doc__.strip().splitlines()[0]
+    assert summary in said
+    assert len(summary) <= 110, "the list of parts gives it one line"
+    assert "Writes " in said
+    assert "Takes " in " ".join(said.split())
+
+
+def test_the_entry_lists_its_parts_and_runs_those_named(capsys, monkeypatch):
+    assert entry.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for name, module in PARTS.items():
+        assert f" {name} " in said
+        assert importlib.import_module(module).__doc__.strip().splitlines()[0] in said
+    ran = []
+
+    def run(command):
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, int("benchmarks.measure.counts" in command))
+
+    monkeypatch.setattr(entry.subprocess, "run", run)
+    assert entry.main(["code", "counts", "--out", "there"]) == 1
+    assert ran == [["benchmarks.measure.code", "--out", "there"], ["benchmarks.measure.counts", "--out", "there"]]
+    assert "FAILED: counts" in capsys.readouterr().out
+    ran.clear()
+    entry.main([])
+    assert ran == [[PARTS[name], *options] for name, *options in entry.SUITE]
+    with pytest.raises(SystemExit):
+        entry.main(["sped"])
+    assert "got sped" in capsys.readouterr().err
 
 
 @pytest.fixture
 def vanishing(monkeypatch):
     for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
         pytest.importorskip(needed)
-    from benchmarks import vanishing
+    from benchmarks.training import vanishing
 
     monkeypatch.setattr(vanishing, "DEPTHS", (2, 6))
     monkeypatch.setattr(vanishing, "SAVE_DEPTHS", (1,))
@@ -460,7 +509,7 @@ class Meddling(torch_sigmoid.diagnostics.GradientWatch):
 @not_interpreted
 @pytest.mark.parametrize(("watch", "code"), [(torch_sigmoid.diagnostics.GradientWatch, 0), (Meddling, 1)])
 def test_the_price_of_a_watch_is_measured_only_where_it_changes_nothing(watch, code, monkeypatch, tmp_path, capsys):
-    from benchmarks import watch as part
+    from benchmarks.measure import watch as part
 
     monkeypatch.setattr(part, "GradientWatch", watch)
     for constant, value in (("WIDTH", 32), ("BATCH", 8), ("ROUNDS", 2)):

@@ -16,7 +16,7 @@ if torch_sigmoid.functional.ops.kernels.UNAVAILABLE or torch_sigmoid.functional.
 from ptx import parse
 from ptx.instructions import check
 
-from benchmarks.code import (
+from benchmarks.measure.code import (
     AMD_ARCHITECTURES,
     EVEN,
     ODD,

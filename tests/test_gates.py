@@ -24,8 +24,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sigmoid as ts
-from benchmarks import counts
-from benchmarks.operators import operators
+from benchmarks.measure import counts
+from benchmarks.measure.operators import operators
 from torch_sigmoid import ops
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]

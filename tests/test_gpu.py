@@ -7,7 +7,7 @@ import torch
 from reference import gradient, random
 
 import torch_sigmoid
-from benchmarks.host import captured
+from benchmarks.measure.host import captured
 from torch_sigmoid import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,7 +12,7 @@ import torch
 from reference import random, runs_kernels
 
 import torch_sigmoid
-from benchmarks import stub
+from benchmarks.measure import stub
 from torch_sigmoid import ops
 
 SCRIPT = pathlib.Path(__file__).with_name("stub_launches.py")

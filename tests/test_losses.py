@@ -24,7 +24,7 @@ from reference import (
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
-from benchmarks.operators import focal_loss as plain_focal
+from benchmarks.measure.operators import focal_loss as plain_focal
 from torch_sigmoid import losses
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]

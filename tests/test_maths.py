@@ -70,7 +70,7 @@ def test_the_instructions_are_those_emulated_here():
     kernels = torch_sigmoid.functional.ops.kernels
     if kernels.UNAVAILABLE or kernels.INTERPRETED:
         pytest.skip("compiles; the interpreter does not")
-    from benchmarks.code import compile_operator, targets
+    from benchmarks.measure.code import compile_operator, targets
 
     def after_the_exponential(operator, dtype):
         ptx = compile_operator(operator, dtype, targets()["sm_90"], (1 << 20,)).asm["ptx"]

@@ -1,6 +1,6 @@
 """The mutants' tests: each source file has some, and they exist."""
 
-from benchmarks import mutants
+from benchmarks.measure import mutants
 
 
 def test_every_source_file_names_tests_that_concern_it():

@@ -15,7 +15,7 @@ from reference import random, runs_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
-from benchmarks.operators import siglip_loss as plain
+from benchmarks.measure.operators import siglip_loss as plain
 from torch_sigmoid import siglip
 
 pytestmark = pytest.mark.ways("ptx")

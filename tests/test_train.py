@@ -8,7 +8,8 @@ import torch
 for library in ("matplotlib", "rich", "sklearn", "tqdm"):
     pytest.importorskip(library, reason="part of the extra `train`")
 import torch_sigmoid as ts
-from benchmarks import imbalanced, retrieval, train
+from benchmarks import train
+from benchmarks.training import boundary, imbalanced, retrieval
 
 
 def test_interpreted_kernels_train_as_torch_does(tmp_path):
@@ -37,11 +38,12 @@ def test_a_missed_accuracy_and_a_wrong_loss_are_failures(tmp_path, capsys, monke
     assert train.main(["--device", "cpu", "--epochs", "1", "--out", str(tmp_path)]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "is below 0.95" in said
-    assert "FAILED focal on a rare digit: our loss curve differs" in said
-    assert "FAILED BCE on a rare digit" not in said
-    assert "FAILED paired views, torch_sigmoid: the loss curve differs" in said
+    assert "FAILED: focal on a rare digit: our loss curve differs" in said
+    assert "FAILED: BCE on a rare digit" not in said
+    assert "FAILED: paired views, torch_sigmoid: the loss curve differs" in said
     assert "not run in two processes: nobody is there" in said
-    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "loss_saturated.png", "train.json"}
+    figures = {"loss.png", "loss_saturated.png", "boundary.png"}
+    assert {path.name for path in tmp_path.iterdir()} == figures | {"train.json", "boundary.json"}
     assert retrieval.TWO_PROCESSES not in json.loads((tmp_path / "train.json").read_text())["retrieval"]
 
 
@@ -70,7 +72,7 @@ def test_ranks_that_do_not_run_are_a_failure(capfd, monkeypatch):
     runs = {retrieval.PLAIN: plain, retrieval.TWO_PROCESSES: retrieval.train_ranks(1, 0, 1)}
     assert "no number" in capfd.readouterr().err
     assert retrieval.failures(runs, trained=True) == ["paired views, torch_sigmoid, two processes: ended without a result"]
-    assert "failed" in list(retrieval.table(runs).columns[1].cells)
+    assert retrieval.rows(runs)[1]["held-out accuracy"] == "failed"
 
 
 def test_an_accuracy_of_retrieval_that_is_missed_is_a_failure():
@@ -86,3 +88,32 @@ def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert "usage" in capsys.readouterr().err
+
+
+def test_descent_moves_the_boundary_and_the_figure_shows_what_the_file_holds(tmp_path, monkeypatch):
+    assert boundary.main(["--device", "cpu", "--steps", "20", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "boundary.json").read_text())
+    assert (tmp_path / "boundary.png").stat().st_size > 0
+    x, target = boundary.load_records(torch.device("cpu"))
+    assert x.shape == (569, len(results["features"]))
+    torch.testing.assert_close(x.std(0), torch.ones(2))
+    for name, own in results["models"].items():
+        losses = own["losses"]
+        assert len(losses) == 21
+        assert losses[-1] < 0.6 * losses[0]
+        assert {panel: seen["step"] for panel, seen in own["panels"].items()} == {"start": 0, "on the way": 1, "end": 20}
+        boundaries = []
+        for seen in own["panels"].values():
+            assert seen["loss"] == losses[seen["step"]]
+            # The parameters are those that gave this loss and accuracy.
+            model = boundary.MODELS[name]()
+            model.load_state_dict({key: torch.tensor(value) for key, value in seen["parameters"].items()})
+            with torch.no_grad():
+                sigma = model(x)
+            torch.testing.assert_close(((sigma - target) ** 2).mean().item(), seen["loss"], rtol=1e-5, atol=0)
+            assert ((sigma > 0.5) == target.bool()).double().mean().item() == seen["accuracy"]
+            boundaries.append(sigma > 0.5)
+        assert own["panels"]["end"]["accuracy"] > own["panels"]["start"]["accuracy"]
+        assert not torch.equal(boundaries[0], boundaries[-1])
+    monkeypatch.setattr(torch.optim, "SGD", lambda parameters, lr: torch.optim.Adam(parameters, lr=1.0, maximize=True))
+    assert boundary.main(["--device", "cpu", "--steps", "2", "--out", str(tmp_path)]) == 1

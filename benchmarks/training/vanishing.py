@@ -1,19 +1,18 @@
-"""Where gradients vanish: networks of growing depth on images of digits, watched by torch_sigmoid.diagnostics.GradientWatch.
+"""Where gradients vanish: networks of growing depth on images of digits, under a GradientWatch.
 
-1. Depth 2 to 20, with sigmoid, SiLU and ReLU, in fp32 and under bf16 autocast, from PyTorch's initialisation and from
-   Xavier's: the accuracy reached, the gradient's norm at each layer in the first step and through training.
-2. One sigmoid layer and four, save="output" against save="input", in fp32 and bf16, from PyTorch's initialisation,
-   Xavier's, and saturated (every bias at +8): the same, and the fraction of gradients lost to rounding in the first step.
+1. 2 to 20 hidden layers with sigmoid, SiLU and ReLU, in fp32 from PyTorch's initialisation and from Xavier's, and under bf16
+   autocast: the accuracy reached, and the gradient's norm at each layer, in the first step and through training.
+2. One sigmoid layer and four with save="output" and save="input", in fp32 and bf16, from PyTorch's initialisation, Xavier's,
+   and saturated (every bias at +8): the same, and the fraction of gradients lost to rounding in the first step.
 
-Exits with 1 if a number is not finite, or if save="input" loses a gradient to rounding.
+Writes vanishing.csv and .json and two figures. Exits with 1 if a number is not finite, or if save="input" loses a gradient to
+rounding. Takes a few minutes on a CPU.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,19 +20,19 @@ from torch import nn
 import torch_sigmoid
 from torch_sigmoid.diagnostics import GradientWatch
 
-from . import record
-from .train import BATCH_SIZE, load_tasks
+from ..measure import record
+from .tasks import BATCH_SIZE, load_tasks
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 14, 20)
 SAVE_DEPTHS = (1, 4)
 WIDTH = 64
 LEARNING_RATE = 1e-3
-# The digits are ten classes: by chance one gets 0.1.
+# The accuracy from which a network counts as learning; with ten digits, chance gives 0.1.
 LEARNS = 0.5
 SATURATING_BIAS = 8.0
 INITIALISATIONS = ("default", "Xavier", "saturated")
 EVERY = 10
-# Whose gradient norms through training are kept for a figure.
+# The depth whose gradient norms through training are drawn.
 SHOWN_DEPTH = 8
 ACTIVATIONS = {
     "sigmoid": torch_sigmoid.Sigmoid,
@@ -44,7 +43,7 @@ ACTIVATIONS = {
 
 
 def build(task, activation, depth, initialisation, seed):
-    """`depth` hidden layers."""
+    """A network with `depth` hidden layers."""
     torch.manual_seed(seed)
     widths = [task.train_inputs.shape[1]] + [WIDTH] * depth
     layers = []
@@ -61,7 +60,7 @@ def build(task, activation, depth, initialisation, seed):
 
 
 def run(task, epochs, seed, activation, depth, precision, initialisation) -> tuple[dict, dict]:
-    """One training: its row of the table, and what the watch saw."""
+    """Train once: the row of the table, and what the watch saw."""
     network = build(task, activation, depth, initialisation, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     shuffle = torch.Generator().manual_seed(seed)
@@ -98,7 +97,7 @@ def run(task, epochs, seed, activation, depth, precision, initialisation) -> tup
 
 
 def experiments(depths):
-    """Activation, depth, precision and initialisation of each training."""
+    """Each training's activation, depth, precision and initialisation."""
     for activation, depth in itertools.product(("sigmoid", "SiLU", "ReLU"), depths):
         yield activation, depth, "fp32", "default"
         yield activation, depth, "fp32", "Xavier"
@@ -109,13 +108,13 @@ def experiments(depths):
 
 
 def accuracies(rows, *setting):
-    """Of an activation, a precision and an initialisation, over DEPTHS."""
+    """The accuracy at each of DEPTHS; `setting` is an activation, a precision and an initialisation."""
     own = {row["depth"]: row for row in rows if (row["activation"], row["precision"], row["initialisation"]) == setting}
     return {depth: own[depth]["accuracy"] for depth in DEPTHS if depth in own}
 
 
 def deepest(rows, *setting):
-    """The largest depth of the sweep that learns, and the next one, which does not; None where there is none."""
+    """The depth up to which a setting learns, and the next one, at which it does not; None if there is no such depth."""
     reached = accuracies(rows, *setting)
     stops = next((depth for depth, accuracy in reached.items() if accuracy < LEARNS), None)
     learnt = [depth for depth in reached if stops is None or depth < stops]
@@ -123,7 +122,7 @@ def deepest(rows, *setting):
 
 
 def summary(rows):
-    """At which depth each activation stops to learn."""
+    """For each activation, the depth up to which it learns."""
     lines = []
     for activation, (precision, initialisation) in itertools.product(
         ("sigmoid", "SiLU", "ReLU"), (("fp32", "default"), ("fp32", "Xavier"), ("bf16", "default"))
@@ -142,13 +141,13 @@ def summary(rows):
 
 
 def saves(rows):
-    """The rows of the second experiment, those to compare next to each other."""
+    """The rows of the second experiment, ordered so that those to compare stand next to each other."""
     own = [row for row in rows if row["depth"] in SAVE_DEPTHS and row["activation"].startswith("sigmoid")]
     return sorted(own, key=lambda row: (row["depth"], INITIALISATIONS.index(row["initialisation"]), row["precision"] == "bf16"))
 
 
 def draw_all(results, folder):
-    """The figures of vanishing.json; their paths."""
+    """The figures of vanishing.json."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,9 +178,7 @@ def draw_all(results, folder):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(about)
-    paths = [folder / "vanishing.png", folder / "vanishing_training.png"]
-    figure.savefig(paths[0], dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    record.save_figure(figure, folder / "vanishing.png")
 
     figure, panels = plt.subplots(1, len(activations), figsize=(12, 3.6), layout="constrained", sharey=True)
     for panel, each in zip(panels, results["through training"]):
@@ -192,17 +189,13 @@ def draw_all(results, folder):
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=panels, label="norm of the gradient entering it")
     figure.suptitle(f"{SHOWN_DEPTH} hidden layers, fp32, PyTorch's initialisation; {about}")
-    figure.savefig(paths[1], dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return paths
+    record.save_figure(figure, folder / "vanishing_training.png")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vanishing", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=record.default_device())
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    parser = record.parser("vanishing", __doc__)
+    parser.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
@@ -232,10 +225,9 @@ def main(argv=None) -> int:
     folder = record.folder_of(device, arguments.out)
     more = {"epochs": arguments.epochs, "norms": norms, "through training": through_training}
     record.write(folder, "vanishing", rows, about, **more)
-    for path in draw_all({"environment": about, "rows": rows, **more}, folder):
-        print(f"drew {path}")
+    draw_all({"environment": about, "rows": rows, **more}, folder)
     record.show("Every training", rows)
-    record.show(f"Where each activation stops to learn (held-out accuracy below {LEARNS})", summary(rows))
+    record.show(f"Up to which depth each activation learns (held-out accuracy of at least {LEARNS})", summary(rows))
     failures = []
     for row in rows:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):

@@ -1,8 +1,10 @@
-"""What the sigmoid loss of image-text pairs needs over the number of pairs: peak memory and time of forward and backward.
+"""Peak memory and time of SigLIP's loss over the number of pairs: the plain formula and ours.
 
-The plain formula holds the matrix of all pairs several times; ours `chunk_size` rows of it. On a CPU the peak is that of the
-process's resident memory, each measurement in a process of its own, above what was resident with the features in place; on a
-GPU that of the allocator. Before it is measured, ours must give the plain formula's loss and gradients: to 1e-5 of the largest.
+The plain formula holds the matrix of all pairs several times; ours holds `chunk_size` of its rows. On a CPU each measurement
+has a process of its own, and the peak is how far its resident memory rises above what the features take; on a GPU it is the
+allocator's. Before it is measured, ours must give the plain formula's loss and gradients, to 1e-5 of the largest.
+
+Writes pairs.csv and .json. Takes about a minute.
 """
 
 import argparse
@@ -32,7 +34,7 @@ PROVIDERS = {
 
 
 def operands_of(pairs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Features as encoders give them, a scale of 10 and a bias of -10: where training begins in the paper."""
+    """Normalised features, and the scale and bias with which the paper begins training."""
     torch.manual_seed(0)
     features = (torch.nn.functional.normalize(torch.randn(pairs, WIDTH), dim=1).to(device) for _ in range(2))
     numbers = (torch.tensor(value, device=device) for value in (10.0, -10.0))
@@ -45,7 +47,7 @@ def run(function, operands) -> tuple[torch.Tensor, ...]:
 
 
 def resident_mebibytes(field: str) -> float:
-    """VmRSS now, or VmHWM, the highest since it was cleared."""
+    """VmRSS is what is resident now, VmHWM the highest since it was cleared."""
     return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text()).group(1)) / 1024
 
 
@@ -59,9 +61,9 @@ def check(pairs: int, device: torch.device) -> None:
 
 
 def measure(provider: str, pairs: int, device: torch.device) -> dict:
-    """One row; on a CPU, of a process that has done nothing else."""
+    """A row; on a CPU the process must have done nothing else before."""
     operands = operands_of(pairs, device)
-    # What a first call loads or allocates for good is not the loss's.
+    # A first call loads libraries and allocates for good, which is not the loss's memory.
     run(PROVIDERS[provider], operands_of(64, device))
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -85,11 +87,10 @@ def measure(provider: str, pairs: int, device: torch.device) -> dict:
     return {"pairs": pairs, "provider": provider, "peak MiB": round(peak, 1), "milliseconds": round(1e3 * median, 2)}
 
 
+@record.reporting
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.siglip", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=record.default_device())
-    parser.add_argument("--pairs", type=int, nargs="+", help="numbers of pairs, in place of the usual ones")
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    parser = record.parser("pairs", __doc__)
+    parser.add_argument("--pairs", type=int, nargs="+", help="numbers of pairs (default: 512 to 4096, 1024 to 32768 on a GPU)")
     parser.add_argument("--only", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device = arguments.device
@@ -100,19 +101,15 @@ def main(argv=None) -> int:
         print("pairs: skipped, a process's peak memory is known on Linux only")
         return 0
     rows = []
-    try:
-        for pairs in record.progress(arguments.pairs or PAIRS[device.type], f"SigLIP on {device}"):
-            check(pairs, device)
-            for provider in PROVIDERS:
-                if device.type == "cuda":
-                    rows.append(measure(provider, pairs, device))
-                else:
-                    command = [sys.executable, "-m", "benchmarks.siglip", "--device", "cpu", "--only", provider]
-                    output = subprocess.check_output([*command, "--pairs", str(pairs)], cwd=record.ROOT, text=True)
-                    rows.append(json.loads(output))
-    except record.WrongResultError as error:
-        print(f"pairs: FAILED, {error}")
-        return 1
+    for pairs in record.progress(arguments.pairs or PAIRS[device.type], f"SigLIP on {device}"):
+        check(pairs, device)
+        for provider in PROVIDERS:
+            if device.type == "cuda":
+                rows.append(measure(provider, pairs, device))
+            else:
+                command = [sys.executable, "-m", "benchmarks.measure.pairs", "--device", "cpu", "--only", provider]
+                output = subprocess.check_output([*command, "--pairs", str(pairs)], cwd=record.ROOT, text=True)
+                rows.append(json.loads(output))
     about = record.environment(device)
     record.write(record.folder_of(device, arguments.out), "pairs", rows, about, width=WIDTH, chunk_size=CHUNK_SIZE)
     record.show(f"SigLIP on {record.device_name(device)}", rows)

@@ -1,13 +1,15 @@
-"""What a small sigmoid costs on the host: 1024 elements, whose kernels take no time worth naming.
+"""What a small sigmoid costs on the host: 1024 elements, for which a GPU's own time hardly counts.
 
-On a GPU, by the clock and without waiting for the device, but for the last, which is the device's own time. Without one, in a
-process whose CUDA driver is a stub that returns at once (stub.py): there torch's column contains its arithmetic on the CPU,
-half a microsecond, and ours the dispatch and the launch as they are on a GPU, but for the driver's own part.
+call    one forward of the function, without gradient
+chain   forward and backward of one function in a chain of eight
+layer   forward and backward of one layer in a chain of eight
+graph   on a GPU: the same as `layer`, replayed as a CUDA graph, until the device is done
 
-    call    one forward of the function, without gradient
-    chain   forward and backward of one function in a chain of eight
-    layer   forward and backward of one layer in a chain of eight
-    graph   the same as `layer`, replayed as a CUDA graph, until the device is done
+On a GPU the first three are read off the clock without waiting for the device. Without a GPU they run in a process whose CUDA
+driver is a stub that returns at once (stub.py). Torch's times then contain its arithmetic on the CPU, half a microsecond; ours
+contain dispatch and launch as on a GPU, but for the driver's own part.
+
+Writes host.csv and .json. Takes about a minute.
 """
 
 import argparse
@@ -30,7 +32,7 @@ ELEMENTS = 1024
 LAYERS = 8
 ROUNDS, CALLS = 150, 40
 DTYPES = (torch.float32, torch.bfloat16)
-# What "call" and "chain" call, where "layer" calls the provider of operators.py.
+# "call" and "chain" call these, and "layer" the modules of operators.py.
 FUNCTIONS = {
     "torch": torch.sigmoid,
     "ours, output": torch_sigmoid.sigmoid,
@@ -39,7 +41,7 @@ FUNCTIONS = {
 
 
 def chain(function, x, grad):
-    """Forward and backward through LAYERS of it."""
+    """A call of forward and backward through LAYERS of `function`."""
 
     def run():
         h = x
@@ -74,7 +76,7 @@ def captured(run):
 
 
 def sample(runs, synchronize):
-    """Microseconds of a layer, for each run and round; the runs take turns, in an order that changes."""
+    """Seconds per layer, for each run and round; the runs take turns, in an order that changes."""
     samples = {name: [] for name in runs}
     for run in runs.values():
         for _ in range(CALLS):
@@ -93,21 +95,21 @@ def sample(runs, synchronize):
                 run()
             if name[0] == "graph":
                 synchronize()
-            samples[name].append((time.perf_counter() - start) * 1e6 / CALLS / LAYERS)
+            samples[name].append((time.perf_counter() - start) / CALLS / LAYERS)
             synchronize()
     gc.enable()
     return samples
 
 
 def check_launches(providers):
-    """With the stub there are no values to check; that each provider launches what it should is checked in their place."""
+    """The stub computes no values, so check that each provider launches as many kernels as it should."""
     launches = stub.last_launch(0)
     for dtype in DTYPES:
         x = torch.randn(ELEMENTS, dtype=dtype, requires_grad=True)
         for label, provider in providers.items():
             before = launches.launches
             torch.autograd.grad(provider.function(x), x, torch.ones_like(x))
-            # Ours launches the backward where torch's has other bits, and leaves the rest to torch's operator.
+            # save="output" launches a kernel only for a backward that torch rounds differently: that of 16 bit.
             expected = {"torch": 0, "naive Triton": 2, "ours, input": 1, "ours, output": int(dtype.itemsize == 2)}[label]
             if launches.launches - before != expected:
                 raise record.WrongResultError(f"{label} in {dtype}: {launches.launches - before} launches, not {expected}")
@@ -137,25 +139,14 @@ def measure(device, stubbed):
         samples = sample(runs, (lambda: None) if stubbed else torch.cuda.synchronize)
         medians = {key: record.quantiles(values)[0] for key, values in samples.items()}
         for (what, label), values in samples.items():
-            median, low, high = record.quantiles(values)
-            rows.append(
-                {
-                    "operator": name,
-                    "what": what,
-                    "dtype": record.short(dtype),
-                    "provider": label,
-                    "microseconds": round(median, 2),
-                    "20 %": round(low, 2),
-                    "80 %": round(high, 2),
-                    "time / torch": round(median / medians[what, "torch"], 3),
-                }
-            )
+            row = {"operator": name, "what": what, "dtype": record.short(dtype), "provider": label} | record.timing(values)
+            rows.append(row | {"time / torch": round(medians[what, label] / medians[what, "torch"], 3)})
     return sorted(rows, key=lambda row: (row["what"], row["dtype"] != "fp32"))
 
 
+@record.reporting
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
+    parser = record.parser("host", __doc__, device=False)
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     stubbed = arguments.stub
@@ -164,17 +155,13 @@ def main(argv=None) -> int:
             print(f"host: skipped, there is no GPU and no stub of one: {reason}")
             return 0
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "benchmarks.host", "--stub", *(sys.argv[1:] if argv is None else argv)]
+            command = [sys.executable, "-m", "benchmarks.measure.host", "--stub", *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=stub.environment(Path(folder)), cwd=record.ROOT).returncode
     device = torch.device("cpu" if stubbed else "cuda")
     if stubbed:
         stub.activate()
         torch.set_num_threads(1)
-    try:
-        rows = measure(device, stubbed)
-    except record.WrongResultError as error:
-        print(f"host: FAILED, {error}")
-        return 1
+    rows = measure(device, stubbed)
     about = record.environment(device)
     if stubbed:
         about["device"] = f"stub of a CUDA driver on a {about['device']}"

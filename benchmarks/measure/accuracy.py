@@ -1,14 +1,15 @@
-"""How far values and gradients are from the truth, torch's and ours.
+"""How far gradients and values are from the truth: torch's, and ours with each `save`.
 
-Every finite 16-bit input and a grid of fp32: the gradient against σ' = e/(1+e)², e = e^-|x|, in float64, which loses nothing.
-Counted are the inputs whose true derivative is a normal number of the dtype. On a GPU also every one of the 2³² fp32 patterns:
-whether the forward is torch's bit for bit (N1), and the worst errors in ulp; a bit that differs is a failure there.
+The truth is σ' = e/(1+e)², e = e^-|x|, computed in float64, where nothing in it cancels. The gradients are compared with it at
+every finite 16-bit input, and on a grid of fp32 inputs, wherever the true derivative is a normal number of the dtype. On a GPU
+every fp16, bf16 and fp32 input is visited, 2³² of them: a forward value whose bits are not torch's is a failure (the README's
+N1), and the worst errors in ulp are recorded.
+
+Writes accuracy.csv and .json, and on a GPU exhaustive.csv and .json. Takes a few seconds, and a few minutes on a GPU.
 """
 
-import argparse
 import functools
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,14 +29,14 @@ BIN_WIDTH = 0.25  # of x, in the figure
 REACH = {torch.bfloat16: 12, torch.float16: 12, torch.float32: 25}
 AT = {torch.bfloat16: (4.0, 5.0, 6.0, 8.0), torch.float16: (4.0, 6.0, 8.0, 9.0), torch.float32: (8.0, 12.0, 15.0, 20.0)}
 CHUNK = 1 << 26
-# Below it e^-|x| is subnormal in fp32, and N3 says nothing.
+# Further out e^-|x| is subnormal in fp32, and N3 promises nothing.
 FP32_REACH = 87.0
 
 
 def inputs(dtype):
-    """Every finite value in 16 bit; in fp32 a grid over the range where the derivative is normal, and the points named."""
+    """Every finite value of a 16-bit dtype; in fp32 a grid where the derivative is normal, and the points of AT."""
     if dtype.itemsize == 2:
-        patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+        patterns = patterns_16_bit(dtype, "cpu")
         return patterns[patterns.isfinite()]
     return torch.cat([torch.linspace(-87, 87, 100_001, dtype=torch.float64), torch.tensor(AT[dtype])]).to(dtype)
 
@@ -61,7 +62,7 @@ def worst_by_bin(x, error, reach):
 
 
 def measure(device):
-    """One row a dtype and provider, and the curves of the figure."""
+    """A row for each dtype and provider, and the curves of the figure."""
     rows, curves = [], []
     for dtype, (provider, function) in record.progress(
         [(dtype, item) for dtype in DTYPES for item in PROVIDERS.items()], "gradients"
@@ -89,7 +90,7 @@ def measure(device):
 
 
 def samples(device):
-    """σ, σ' and the σ' that bf16 leaves, on a grid: the figure beside the formula."""
+    """What the figure beside the formula shows: σ, σ', and what remains of σ' in bf16, on a grid."""
     x = torch.linspace(-10, 10, 401, device=device)
     rounded = x.bfloat16()
     by = {name: gradient(PROVIDERS[name], rounded) for name in ("torch.sigmoid", 'ours, save="input"')}
@@ -121,7 +122,7 @@ def ulps(actual, exact):
 
 
 def exhaustive(device):
-    """Every pattern of fp16, bf16 and fp32: bits that differ from torch's forward, and the worst errors."""
+    """A row for each dtype, over all its bit patterns: forward values that differ from torch's, and the worst errors."""
     rows = []
     for dtype in DTYPES:
         chunks = fp32_patterns(device) if dtype is torch.float32 else [patterns_16_bit(dtype, device)]
@@ -154,20 +155,15 @@ def exhaustive(device):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=record.default_device())
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
-    parser.add_argument("--only-exhaustive", action="store_true", help="leave out the comparison over x")
-    arguments = parser.parse_args(argv)
+    arguments = record.parser("accuracy", __doc__).parse_args(argv)
     device, status = arguments.device, 0
-    # The kernels are measured, also where a small tensor would go to torch's operator.
+    # Measure the kernels, even where a small tensor would go to torch's operator.
     ops.torch_below = 0
     about = record.environment(device) | {"path": torch_sigmoid.path(torch.empty(1, device=device)).name}
     folder = record.folder_of(device, arguments.out)
-    if not arguments.only_exhaustive:
-        rows, curves = measure(device)
-        record.write(folder, "accuracy", rows, about, bin_width=BIN_WIDTH, curves=curves, samples=samples(device))
-        record.show(f"Gradients on {record.device_name(device)}", rows)
+    rows, curves = measure(device)
+    record.write(folder, "accuracy", rows, about, bin_width=BIN_WIDTH, curves=curves, samples=samples(device))
+    record.show(f"Gradients on {record.device_name(device)}", rows)
     if device.type == "cpu":
         print("accuracy: no GPU, so no comparison over all 2³² fp32 inputs")
         return 0

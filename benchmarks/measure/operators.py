@@ -1,8 +1,8 @@
-"""What is measured: one row an operator, and the providers it is measured against.
+"""What is measured: each operator, and the providers whose implementations of it are compared.
 
 `formula` is the operator in torch operators. Run in float64, with autograd for its gradients, it is the truth that every
-provider must meet before it is timed; the provider called "torch", over whose time all others' are given, is the same in the
-dtype at hand. Another package's operator takes part where that is installed and works.
+provider must meet before it is timed. The provider "torch" is the same formula in the dtype at hand; all other times are given
+relative to it. An operator of another package takes part if that package is installed and works.
 """
 
 import functools
@@ -17,14 +17,15 @@ from torch import Tensor
 import torch_sigmoid
 from torch_sigmoid import kernels
 
-# The largest relative error that lets a provider be timed: a few roundings of the dtype.
+# A provider with a larger relative error is not timed: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-# Of GPT-OSS.
+# The values that GPT-OSS uses.
 ALPHA, LIMIT = 1.702, 7.0
+ORDERS = ("forward", "backward", "double backward")
 
 
 class Provider(NamedTuple):
-    """`foreign`: of another package, so it is left out where it fails; its backward may overwrite its operands."""
+    """`foreign`: from another package, so it is left out if it fails, and its backward may overwrite its operands."""
 
     function: Callable[..., Tensor]
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -32,10 +33,11 @@ class Provider(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """A row of the suite; its `family` decides on sizes, and on the file its times are written to.
+    """An operator; its `family` decides at which sizes it is timed, and into which file its times go.
 
     `written` is the formula for a reader. `operands(make, rows, columns)` gives the operands for rows·columns elements of the
-    output (of the input, for a loss), each random one by `make(*shape)`; those among `constants` get no gradient.
+    output (for a loss, of the input), and calls `make(*shape)` for each random one. Operands whose index is in `constants` get
+    no gradient.
     """
 
     family: str
@@ -59,8 +61,23 @@ def differentiable(leaves) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.requires_grad]
 
 
+def orders(function, leaves):
+    """Each order of differentiation, with a call that runs the kernels of that order alone."""
+    inputs = differentiable(leaves)
+    output = function(*leaves)
+    upstream = torch.ones_like(output).requires_grad_()
+    grads = torch.autograd.grad(output, inputs, upstream, create_graph=True)
+    v = [torch.ones_like(grad) for grad in grads]
+    calls = (
+        lambda: function(*leaves),
+        lambda: torch.autograd.grad(output, inputs, upstream.detach(), retain_graph=True),
+        lambda: torch.autograd.grad(grads, (upstream, *inputs), v),
+    )
+    yield from zip(ORDERS, calls)
+
+
 def _naive():
-    """The Function on a Triton kernel that tutorials teach: contiguous tensors, `kernel[grid]`, one mask for all lanes."""
+    """The Function that a Triton tutorial would write: contiguous tensors, `kernel[grid]`, every lane masked."""
     import triton
 
     from .naive import sigmoid_backward_kernel, sigmoid_forward_kernel
@@ -102,7 +119,7 @@ def sigmoid_providers() -> dict[str, Provider]:
 
 
 def _of_package(path: str) -> Callable[..., Tensor] | None:
-    """The function at this path of a package; None where it is missing, or fails while it is imported, however it does."""
+    """The function at this path of a package; None if it is missing, or if importing it fails for whatever reason."""
     if not torch.cuda.is_available():
         return None
     module, _, name = path.partition(":")
@@ -113,7 +130,7 @@ def _of_package(path: str) -> Callable[..., Tensor] | None:
 
 
 def providers(formula, ours, packages) -> dict[str, Provider]:
-    """`packages`: the names of packages that have the operator, and where."""
+    """`packages`: names of packages that have the operator, and the path of the function in each."""
     foreign = {name: function for name, path in packages.items() if (function := _of_package(path))}
     table = {"torch": Provider(formula), "torch.compile": compiled(formula), "ours": Provider(ours)}
     return table | {name: Provider(function, ("cuda",), foreign=True) for name, function in foreign.items()}
@@ -141,7 +158,7 @@ def clamped_swiglu(gate, up):
 
 
 def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
-    """As torchvision.ops has it: σ, the power of 1 - p_t, and their product."""
+    """The formula of torchvision.ops."""
     p = torch.sigmoid(inputs)
     loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
@@ -151,7 +168,7 @@ def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
 
 
 def siglip_loss(image, text, scale, bias=None):
-    """As open_clip has it: the logits of all pairs, and log σ of them with the sign of each pair."""
+    """open_clip's formula: -log σ(±logit), + for an image and its own text, summed over texts, averaged over images."""
     logits = scale * image @ text.T
     if bias is not None:
         logits = logits + bias
@@ -176,7 +193,7 @@ def one_gate_a_row(make, rows, columns):
 
 
 def two_beyond_the_limit(make, rows, columns):
-    """So wide that one in fifty is clamped."""
+    """Scaled so that one value in fifty is clamped."""
     return 3 * make(rows, columns), 3 * make(rows, columns)
 
 
@@ -190,7 +207,7 @@ def with_weights_of_classes(make, rows, columns):
 
 
 def features(make, rows, columns):
-    """Of logits around -1 with a deviation of 1."""
+    """Their logits are around -1, with a standard deviation of 1."""
     scale = make(1)[0]
     return make(rows, columns), make(rows, columns), torch.full_like(scale, columns**-0.5), torch.full_like(scale, -1.0)
 

@@ -1,11 +1,11 @@
 """A rare class in real data: binary cross-entropy and focal loss, each in torch operators and ours.
 
-Of scikit-learn's digits the 8s against all others, half of the images held out, and of the 8s to train on all but 18 taken
-away: 2 % of what is left. The same network from the same seed with each loss, and that from several seeds, since the split
-moves every metric by far more than the loss does. Held out are all the 8s; the average precision weighs them as if they were
-as rare as in training. Recall and balanced accuracy are those of positive logits.
+The rare class are the 8s of scikit-learn's digits. Half of the images are held out, and of the 8s to train on all but 18 are
+taken away, which leaves 2 %. Each loss trains the same network from the same seed, and that from several seeds, because the
+split moves every metric by far more than the loss does. All 8s of the other half are held out; the average precision weighs
+them as if they were as rare as in training. Recall and balanced accuracy count positive logits as 8s.
 
-In fp32. The two curves of one loss must be one curve but for rounding; which loss is the better one is reported, not required.
+In fp32. The two curves of one loss must be the same but for rounding; which loss is better is reported, not required.
 """
 
 import functools
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score
 from sklearn.model_selection import train_test_split
@@ -22,24 +21,25 @@ from torch import Tensor, nn
 
 import torch_sigmoid
 
-from . import record
-from .operators import focal_loss
+from ..measure import record
+from ..measure.operators import focal_loss
+from .tasks import BATCH_SIZE
+from .tasks import largest_difference as difference_of_runs
 
-# Among the digits that are recognised worst: a linear model knows 88 % of its images.
+# One of the digits that are hardest to recognise: a linear model finds 88 % of its images.
 RARE_DIGIT = 8
 KEPT_POSITIVES = 18
 SEEDS = 5
 EPOCHS = 30
-BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
-# Those of Lin et al. 2017, and torchvision's defaults.
+# The values of Lin et al. 2017, and torchvision's defaults.
 FOCAL = {"alpha": 0.25, "gamma": 2.0, "reduction": "mean"}
-# From seeds 0 to 19 rounding leads to 1.5e-7 at most; an alpha of 0.2501 is 2e-5 off in the first steps already.
+# Over seeds 0 to 19 rounding causes 1.5e-7 at most; an alpha of 0.2501 causes 2e-5 within the first steps.
 TOLERANCE = 2e-6
 
 
 class Task(NamedTuple):
-    """`positives_kept` is the fraction of the positives that was left to train on."""
+    """`positives_kept` is the fraction of the positives that is left to train on."""
 
     train_inputs: Tensor
     train_targets: Tensor
@@ -82,7 +82,7 @@ def load_task(device: torch.device, seed: int) -> Task:
 
 
 def train(task: Task, loss, epochs: int, seed: int, steps: int | None) -> Run:
-    """A network of smooth layers: at the kink of a ReLU, one rounding in a thousand steps would switch a gradient off."""
+    """Train a network of smooth layers: at a ReLU's kink, a single rounding would switch a gradient off."""
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Linear(task.train_inputs.shape[1], 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0)
@@ -110,8 +110,8 @@ def train(task: Task, loss, epochs: int, seed: int, steps: int | None) -> Run:
     )
 
 
-def compare(device: torch.device, epochs: int, seed: int, seeds: int = SEEDS, steps: int | None = None):
-    """The runs by loss and by who computes it, one a seed; of each epoch no more than `steps` batches."""
+def compare(device: torch.device, epochs: int, seed: int, seeds: int, steps: int | None = None):
+    """For each loss and each implementation, the runs from all seeds; an epoch has at most `steps` batches."""
     runs = {kind: {name: [] for name in losses} for kind, losses in LOSSES.items()}
     every = [(kind, name) for kind, losses in LOSSES.items() for name in losses]
     for own_seed, (kind, name) in record.progress(itertools.product(range(seed, seed + seeds), every), "imbalanced digits"):
@@ -121,32 +121,29 @@ def compare(device: torch.device, epochs: int, seed: int, seeds: int = SEEDS, st
 
 
 def largest_difference(runs: list[Run], others: list[Run]) -> float:
-    """Of the loss, in any step from any seed; NaN if a loss is."""
-    one, other = (torch.tensor([run.losses for run in each], dtype=torch.float64) for each in (runs, others))
-    return (one - other).abs().max().item()
+    """Of the losses, in any step from any seed; NaN if a loss is NaN."""
+    return torch.tensor([difference_of_runs(*pair) for pair in zip(runs, others, strict=True)]).double().max().item()
 
 
-def mean(runs: list[Run], name: str) -> float:
-    return sum(getattr(run, name) for run in runs) / len(runs)
-
-
-def table(runs) -> Table:
+def show(runs) -> None:
     metrics = ("average_precision", "recall", "balanced_accuracy")
     bce, focal = (runs[kind]["torch_sigmoid"] for kind in ("BCE", "focal"))
     ahead = sum(one.average_precision > other.average_precision for one, other in zip(focal, bce))
-    result = Table(
-        title=f"fp32, a rare digit among the others: held-out means (least to largest), seeds: {len(bce)}",
+    rows = []
+    for kind, by_name in runs.items():
+        theirs, ours = by_name.values()
+        for name, own in by_name.items():
+            row = {"loss": kind, "computed by": name}
+            for metric in metrics:
+                values = [getattr(run, metric) for run in own]
+                mean = sum(values) / len(values)
+                row[metric.replace("_", " ")] = f"{mean:.3f} ({min(values):.2f} to {max(values):.2f})"
+            rows.append(row | {"largest loss difference": largest_difference(theirs, ours) if own is ours else None})
+    record.show(
+        f"fp32, a rare digit among the others: held-out means (least to largest), seeds: {len(bce)}",
+        rows,
         caption=f"seeds from which focal loss has the higher average precision: {ahead} of {len(bce)}",
     )
-    for column in ("loss", "computed by", *(metric.replace("_", " ") for metric in metrics), "largest loss difference"):
-        result.add_column(column)
-    for kind, (theirs, ours) in ((kind, by_name.values()) for kind, by_name in runs.items()):
-        for name, own in runs[kind].items():
-            spans = {metric: [getattr(run, metric) for run in own] for metric in metrics}
-            cells = [f"{mean(own, metric):.3f} ({min(span):.2f} to {max(span):.2f})" for metric, span in spans.items()]
-            shown = f"{largest_difference(theirs, ours):.3g}" if own is ours else ""
-            result.add_row(kind, name, *cells, shown)
-    return result
 
 
 def failures(runs) -> list[str]:
@@ -159,7 +156,7 @@ def failures(runs) -> list[str]:
 
 
 def summary(runs, epochs: int):
-    """For json: of the loss the mean of each epoch."""
+    """For json: each run with the mean loss of each epoch."""
     epochs = min(epochs, EPOCHS)
     return {
         kind: {

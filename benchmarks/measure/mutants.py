@@ -1,18 +1,19 @@
-"""Tests the tests (`make mutants`): of random one-point changes to kernels/ and torch_sigmoid/, how many make a test fail.
+"""Tests of the tests: how many random changes to kernels/ and torch_sigmoid/ make a test fail.
 
-cosmic-ray finds the points and makes the changes: another operator or comparison, a condition negated, a number one off, a
-decorator gone, a loop without iterations. It leaves strings alone, and this file leaves out annotations, arithmetic turned into
-operations on bits (which floats refuse, so that any test notices) and what Python refuses to compile. A point's rank in the
-sample follows from the seed, its function and its line alone, so that an edit elsewhere leaves the sample as it is.
+cosmic-ray finds the points and makes the changes: another operator or comparison, a negated condition, a number off by one, a
+missing decorator, a loop without iterations. It leaves strings alone. This file leaves out annotations, arithmetic turned into
+operations on bits (floats refuse those, so any test would notice) and what Python refuses to compile. Whether a point is in the
+sample depends on the seed, its function and its line alone, so that an edit elsewhere does not change the sample.
 
-Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file, until one fails or takes too
-long: that kills the mutant, if the same test passes on the unchanged copy. A test that fails there takes no part, and
-mutants.json names it under "red". Each result is added to benchmarks/results/mutants.csv at once, and the next run with the
-same seed continues there. Where nothing can tell a survivor from the original, write the reason into its column `equivalent`;
-later runs keep it, and draw another mutant in its place.
+Each mutant runs in a copy of the checkout, below runs/. It faces the tests that concern its file until one fails or takes too
+long. That kills the mutant, if the same test passes on the unchanged copy. A test that fails on the unchanged copy is left
+out, and mutants.json names it under "red".
+
+Writes each result to benchmarks/results/mutants.csv at once; the next run with the same seed continues there. If nothing can
+tell a survivor from the original, write the reason into its column `equivalent`: later runs keep it, and draw another mutant
+in its place. Takes hours.
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -37,7 +38,7 @@ import torch
 from . import record
 
 WORK = record.ROOT / "runs" / "mutants"
-# The tests that concern a file, likely killers first: what executes kernels (tests/conftest.py), and the names of test files.
+# The tests that concern a file, likely killers first: what executes the kernels (tests/conftest.py), then names of test files.
 CONCERNED = {
     "kernels/__init__.py": ("device package", "interpreter strides"),
     "kernels/gates.py": ("ptx gates", "device codegen"),
@@ -72,9 +73,9 @@ CONCERNED = {
     "torch_sigmoid/statistics.py": ("device diagnostics", "ptx diagnostics"),
     "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
 }
-# Shifts and bitwise operations on numbers that have none.
+# Shifts and bitwise operations, which floats do not have.
 SENSELESS = re.compile(r"core/ReplaceBinaryOperator_(Add|Sub|Mul|Div|FloorDiv|Mod|Pow)_(RShift|LShift|Bit\w+)")
-# For one run of pytest, several times what the longest takes: on its core, and by the clock of a machine with other work.
+# Limits for one run of pytest, several times what the longest takes: CPU time, and wall time on a machine with other work.
 CPU_SECONDS, WALL_SECONDS = 900, 7200
 
 
@@ -99,7 +100,7 @@ def rank(*words) -> str:
 
 
 def annotates(node) -> bool:
-    """Whether a node of parso's tree lies in an annotation."""
+    """Whether a node of parso's tree is part of an annotation."""
     while node.parent is not None:
         before = node.get_previous_sibling()
         if before == "->" or (before == ":" and node.parent.type in ("tfpdef", "annassign")):
@@ -109,7 +110,7 @@ def annotates(node) -> bool:
 
 
 def points(file: str) -> Iterator[tuple[tuple, int, list[tuple[str, int]]]]:
-    """Where cosmic-ray would change a file: a name of the point that survives edits elsewhere, its line, and the changes."""
+    """The points that cosmic-ray would change in a file: a name that survives edits elsewhere, the line, and the changes."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.ast.ast_query import ASTQuery
     from cosmic_ray.plugins import get_operator, operator_names
@@ -118,7 +119,7 @@ def points(file: str) -> Iterator[tuple[tuple, int, list[tuple[str, int]]]]:
     nodes = list(ast_nodes(get_ast(source)))
     node_at, changes = {}, defaultdict(list)
     for name in operator_names():
-        # Operators with arguments replace variables, which somebody would have to name.
+        # Operators with arguments replace variables, whose names they would have to be given.
         if SENSELESS.match(name) or get_operator(name).arguments():
             continue
         operator = get_operator(name)()
@@ -146,7 +147,7 @@ def compiles(code: str) -> bool:
 
 
 def change_of(before: str, after: str) -> str:
-    """The lines that differ, as one."""
+    """The lines that differ, joined into one."""
     old, new = before.split("\n"), after.split("\n")
     for end in (0, -1):
         while old and new and old[end] == new[end]:
@@ -155,7 +156,7 @@ def change_of(before: str, after: str) -> str:
 
 
 def sample(seed: int, count: int, equivalent: Iterable[str] = ()) -> list[Mutant]:
-    """One mutant at each of `count` points of the checkout, and what is equivalent to the original on the way there."""
+    """Draw mutants at random points of the checkout until `count` of them are not `equivalent`."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -178,7 +179,7 @@ def sample(seed: int, count: int, equivalent: Iterable[str] = ()) -> list[Mutant
 
 
 def copy_checkout(to: Path) -> None:
-    """What git would take of the checkout."""
+    """Copy the files that git would commit."""
     shutil.rmtree(to, ignore_errors=True)
     for name in record.output_of(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).splitlines():
         if (record.ROOT / name).is_file():
@@ -187,7 +188,7 @@ def copy_checkout(to: Path) -> None:
 
 
 def expendable() -> None:
-    """A process for a mutant: others come first, for time and for memory, and its time is limited."""
+    """Limit a mutant's process, and let all others go first, for time and for memory."""
     os.nice(10)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10))
     with contextlib.suppress(OSError):
@@ -199,7 +200,7 @@ class Judge:
 
     Attributes:
         folder: holds the copy.
-        red: what fails without any mutation, and therefore takes no part: how kernels run, and the test.
+        red: tests that fail without any mutation and are left out: how kernels run, and the test.
     """
 
     def __init__(self, folder: Path):
@@ -211,7 +212,7 @@ class Judge:
         copy_checkout(self.copy)
 
     def judge(self, mutant: Mutant) -> dict:
-        """The row of a mutant."""
+        """Run the tests that concern a mutant, and give its row."""
         row = {key: value for key, value in mutant._asdict().items() if key != "code"} | {"outcome": "survived"}
         row |= {"killed by": "", "seconds": None, "equivalent": ""}
         begin = time.monotonic()
@@ -226,7 +227,7 @@ class Judge:
         return row | {"seconds": round(time.monotonic() - begin)}
 
     def face(self, mutant: Mutant, way: str, tests: list[str]) -> tuple[str, str]:
-        """As `run_tests`, of a mutant."""
+        """As `run_tests`, on a mutant."""
         while True:
             with self.written(mutant):
                 outcome, test = self.run_tests(way, tests, [test for its_way, test in self.red if its_way == way])
@@ -243,7 +244,7 @@ class Judge:
                 raise record.WrongResultError(f"without any mutation: {unchanged}, --kernels={way} {' '.join(tests)}")
 
     def run_tests(self, way: str, tests: list[str], left_out: Iterable[str] = ()) -> tuple[str, str]:
-        """What pytest says of the copy, "passed", "failed" or "timeout", and the first test that failed, if there is one."""
+        """The outcome of pytest on the copy, "passed", "failed" or "timeout", and the first test that failed, if any."""
         command = [
             sys.executable,
             "-m",
@@ -267,7 +268,7 @@ class Judge:
             except subprocess.TimeoutExpired:
                 return "timeout", ""
             finally:
-                # The processes that tests have started end with them.
+                # End the processes that tests have started, too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -281,7 +282,7 @@ class Judge:
         path, original = self.copy / mutant.file, self.folder / "original.py"
         shutil.copy2(path, original)
         path.write_text(mutant.code)
-        # Python trusts what it has compiled from a file of this time and size, so each mutant gets a time of its own.
+        # Python reuses compiled code if the file's time and size are the same, so each mutant gets a time of its own.
         self.n_written += 1
         os.utime(path, (self.n_written, self.n_written))
         try:
@@ -299,11 +300,10 @@ def read_rows(path: Path) -> dict[str, dict]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__.split("\n")[0])
+    parser = record.parser("mutants", __doc__, device=False)
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--count", type=int, default=100, help="mutants in the sample (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="run the survivors again, but for the equivalent ones")
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument("--again", action="store_true", help="run the survivors again, except for the equivalent ones")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once, a core each (default: %(default)s)")
     arguments = parser.parse_args(argv)
     path = arguments.out / "mutants.csv"

@@ -1,14 +1,14 @@
 """SigLIP on paired views of images: the plain formula, ours in one process, and ours in two.
 
-Two encoders see one half each of scikit-learn's digits, the even and the odd columns of an image, and learn to find, among the
-other halves of a batch, the one that belongs to their own. Scale and bias are learned, from where the paper starts them
-(Zhai et al. 2023: log 10 and -10). Accuracy is that of the nearest other half in batches held out; by chance it is 1/128.
+Two encoders each see one half of an image from scikit-learn's digits, its even or its odd columns, and learn to find the half
+that belongs to their own among those of a batch. Scale and bias are learned, from where the paper starts them (Zhai et al.
+2023: log 10 and -10). The accuracy is how often the nearest other half is the right one, in batches held out; chance is 1/128.
 
-The three see the same batches from the same seed, in float64, so that nothing but an error can part their curves. The two
-processes are what torchrun starts, on the CPU with gloo: each has half of every batch, DistributedDataParallel averages the
-gradients, and the features of one half of the pairs meet those of the other in the loss, around its ring.
+All three see the same batches from the same seed, in float64, so that only an error can make their curves differ. Torchrun
+starts the two processes, on the CPU with gloo: each has half of every batch, DistributedDataParallel averages the gradients,
+and the loss passes the features of one half of the pairs to the other process around its ring.
 
-Under torchrun this module is what each rank runs.
+`make train` runs it; under torchrun this module is one rank.
 """
 
 import argparse
@@ -25,25 +25,25 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import torch_sigmoid
 
-from . import record
-from .operators import siglip_loss
+from ..measure import record
+from ..measure.operators import siglip_loss
+from .tasks import largest_difference
 
 RANKS = 2
 EPOCHS = 30
 BATCH_SIZE = 128
-# Less than a batch, and than a rank's half of it.
+# Smaller than a batch, and than a rank's half of it.
 CHUNK_SIZE = 48
 LEARNING_RATE = 3e-3
-# Over seeds 0 to 9 it is at least 0.69.
+# Seeds 0 to 9 reach at least 0.69.
 REQUIRED_ACCURACY = 0.6
-# In float64 sums taken in another order part two curves by 5e-15; rounding a gradient to fp32, by 1e-7.
+# In float64 another order of sums makes curves differ by 5e-15; rounding a gradient to fp32, by 1e-7.
 TOLERANCE = 1e-10
 PLAIN, ONE_PROCESS, TWO_PROCESSES = "plain formula", "torch_sigmoid", "torch_sigmoid, two processes"
 
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 class Encoders(nn.Module):
-    """Normalised features of both halves, and the scale and bias of their logits."""
+    """Gives normalised features of both halves, and the scale and bias of their logits."""
 
     def __init__(self, inside: int = 32, width: int = 64):
         super().__init__()
@@ -70,7 +70,7 @@ class Encoders(nn.Module):
 
 
 def train(loss, device: torch.device, epochs: int, seed: int, steps: int | None, label: str, group=None) -> Run:
-    """Whole batches only, so that the ranks of `group` have the same share of each."""
+    """Train on whole batches only, so that the ranks of `group` have equal shares of each."""
     # Pixels are 0 to 16.
     images = torch.tensor(load_digits().images / 8 - 1, device=device)
     train_images, test_images = (
@@ -107,27 +107,27 @@ def ours(*tensors: Tensor, group=None) -> Tensor:
 
 
 def no_ranks() -> str | None:
-    """Why there cannot be several processes here, if so."""
+    """Why this torch cannot train in several processes; None if it can."""
     if not dist.is_available():
         return "torch.distributed is not part of this torch"
     return None if dist.is_gloo_available() else "gloo is not part of this torch"
 
 
 def train_ranks(epochs: int, seed: int, steps: int | None) -> Run | None:
-    """What the first of RANKS processes had; None if they failed, in which case they have said so on stderr."""
+    """The run of the first of RANKS processes; None if they failed, after they said so on stderr."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "run.json"
-        # Ranks meet on this machine, whatever its name resolves to.
+        # Otherwise the ranks look for each other at whatever this machine's name resolves to.
         torchrun = ["torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(RANKS)]
         options = ["--epochs", str(epochs), "--seed", str(seed), "--out", str(result)]
         options += [] if steps is None else ["--steps", str(steps)]
-        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.retrieval", *options]
+        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.training.retrieval", *options]
         ended = subprocess.run(command, cwd=record.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return Run(**json.loads(result.read_text())) if ended.returncode == 0 else None
 
 
 def compare(device: torch.device, epochs: int, seed: int, steps: int | None = None) -> dict[str, Run | None]:
-    """The runs by who computes the loss, without those that cannot be here; of each epoch no more than `steps` batches."""
+    """The runs by name, two processes only if torch can start them; an epoch has at most `steps` batches."""
     epochs = min(epochs, EPOCHS)
     runs = {
         name: train(loss, device, epochs, seed, steps, f"paired views, {name}")
@@ -138,29 +138,25 @@ def compare(device: torch.device, epochs: int, seed: int, steps: int | None = No
     return runs
 
 
-def largest_difference(one: Run, other: Run) -> float:
-    """Of the loss, in any step; NaN if a loss is."""
-    one, other = (torch.tensor(run.losses, dtype=torch.float64) for run in (one, other))
-    return (one - other).abs().max().item()
-
-
-def table(runs) -> Table:
-    result = Table(title=f"float64, SigLIP on the even and the odd columns of digits, batches of {BATCH_SIZE}")
-    for column in ("loss", "held-out accuracy", "last loss", "scale", "bias", "largest loss difference"):
-        result.add_column(column)
+def rows(runs) -> list[dict]:
+    """For a table, a row for each run."""
+    shown = []
     for name, run in runs.items():
-        if run is None:
-            result.add_row(name, "failed")
-            continue
-        shown = "" if name == PLAIN else f"{largest_difference(runs[PLAIN], run):.3g}"
-        result.add_row(name, f"{run.accuracy:.4f}", f"{run.losses[-1]:.5f}", f"{run.scale:.3f}", f"{run.bias:.3f}", shown)
-    if TWO_PROCESSES not in runs:
-        result.caption = f"not run in two processes: {no_ranks()}"
-    return result
+        row = {"loss": name, "held-out accuracy": "failed"}
+        if run is not None:
+            row |= {"held-out accuracy": run.accuracy, "last loss": run.losses[-1], "scale": run.scale, "bias": run.bias}
+            row["largest loss difference"] = None if name == PLAIN else largest_difference(runs[PLAIN], run)
+        shown.append(row)
+    return shown
+
+
+def show(runs) -> None:
+    title = f"float64, SigLIP on the even and the odd columns of digits, batches of {BATCH_SIZE}"
+    record.show(title, rows(runs), caption=None if TWO_PROCESSES in runs else f"not run in two processes: {no_ranks()}")
 
 
 def failures(runs, trained: bool) -> list[str]:
-    """`trained`: whether an accuracy can be asked for."""
+    """`trained`: whether the runs were long enough to require an accuracy."""
     found = []
     for name, run in runs.items():
         if run is None:
@@ -175,13 +171,13 @@ def failures(runs, trained: bool) -> list[str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.retrieval", description="One rank of the two.")
+    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.training.retrieval", description="One rank of the two.")
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    # A rank that waits for one that is gone ends too.
+    # A rank whose partner has gone waits this long, then ends.
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     group = dist.group.WORLD
 

@@ -1,4 +1,4 @@
-"""Small networks for images of digits, 8 × 8: a transformer and one with squeeze-and-excitation, with given gates."""
+"""Two small networks for images of digits, 8 × 8, whose gates the caller gives: a transformer and convolutions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,7 @@ OURS = Gates(torch_sigmoid.swiglu, torch_sigmoid.sigmoid_gate)
 
 
 class Block(nn.Module):
-    """Self-attention, each head's output gated by σ of the token's own gate, then a SwiGLU layer; both residual."""
+    """Self-attention, where each token gates the output of each head by a σ of its own, then a SwiGLU layer; both residual."""
 
     def __init__(self, gates: Gates, width: int, heads: int):
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The rows of an image are its tokens."""
+    """A transformer over an image's rows."""
 
     def __init__(self, gates: Gates, classes: int, width: int = 32, heads: int = 4, depth: int = 2):
         super().__init__()
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel of an image is gated by σ of what the means of all channels say."""
+    """Gates each channel by a σ that a small network computes from the means of all channels."""
 
     def __init__(self, gates: Gates, channels: int, squeezed: int):
         super().__init__()

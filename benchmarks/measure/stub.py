@@ -1,7 +1,7 @@
-"""A GPU that is not there: Triton compiles and launches for an sm_90 whose driver returns at once, on CPU tensors.
+"""A stub of a GPU: Triton compiles for an sm_90 and launches on a driver that returns at once, with CPU tensors.
 
-What is left of an operator is what its dispatch and its launch cost on the host; its results are the uninitialised memory of
-the outputs. `environment` builds the driver and says how to start a process with it, in which `activate` puts it in place.
+What remains of an operator is the host's part, its dispatch and its launch; its results are uninitialised memory.
+`environment` builds the driver and gives the environment of a process that finds it; `activate` puts it in place there.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ SOURCE = Path(__file__).with_name("stub_cuda.c")
 
 
 def unavailable() -> str | None:
-    """Why there can be no such process here; None where there can."""
+    """Why this machine cannot run the stub; None if it can."""
     from torch_sigmoid import kernels
 
     if kernels.UNAVAILABLE:
@@ -30,14 +30,14 @@ def compiler() -> str | None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Build the driver in `folder`; the environment for a process that finds it in place of NVIDIA's."""
+    """Build the driver in `folder`, and give the environment of a process that finds it in place of NVIDIA's."""
     library = folder / "libcuda.so.1"
     command = [compiler(), "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE]
     subprocess.run(command, check=True)
     (folder / "libcuda.so").symlink_to(library.name)
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    # Nothing compiled for the stub may reach, or come from, the cache of a real GPU.
+    # A cache of its own: nothing may pass between the stub and a real GPU.
     return inherited | {
         "LD_LIBRARY_PATH": ":".join(paths),
         "TRITON_LIBCUDA_PATH": str(folder),
@@ -47,7 +47,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def activate():
-    """Make CPU tensors take the kernels' path, as if they were on the GPU that the stub pretends to be."""
+    """Make CPU tensors take the kernels' path, as tensors on that GPU would."""
     import triton.backends.nvidia.driver as nvidia
     from triton.runtime.driver import driver
 
@@ -82,7 +82,7 @@ class Launch(ctypes.Structure):
 
 
 def last_launch(n_parameters: int) -> Launch:
-    """The record, live; from now on it holds the first `n_parameters` parameters of each launch."""
+    """The record, updated by every launch; from now on it holds the first `n_parameters` parameters of each."""
     library = ctypes.CDLL("libcuda.so.1")
     library.stub_expect(n_parameters)
     library.stub_last.restype = ctypes.POINTER(Launch)

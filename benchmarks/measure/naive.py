@@ -1,4 +1,4 @@
-"""The kernels of the naive provider: what a Triton tutorial would write, for comparison only."""
+"""The kernels of the provider "naive Triton": what a Triton tutorial would write, for comparison only."""
 
 import triton
 import triton.language as tl

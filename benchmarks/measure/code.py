@@ -1,9 +1,13 @@
-"""The kernels' machine code, without a GPU.
+"""The kernels' machine code, compiled and executed without a GPU.
 
-Inspected: registers, spills, access widths and instructions per element, for each target. Executed: see executed.py.
+Compiled for NVIDIA's sm_75 to sm_120 and AMD's gfx90a and gfx942: registers, spills, widths of memory accesses and instructions
+per element of each sigmoid kernel. Executed by tests/ptx, as sm_90 would: bytes moved and instructions issued by each operator
+(see executed.py).
+
+Writes code.csv and .json, and executed.csv and .json, to the folder `code`. Takes several minutes, or less if
+Triton's cache holds the kernels.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -31,7 +35,7 @@ def targets() -> dict:
 
 
 def operators() -> dict:
-    """The launcher of an element-wise operator, and the number of its inputs and outputs."""
+    """Each sigmoid kernel: its launcher, and how many inputs and outputs it has."""
     from torch_sigmoid.kernels import sigmoid
 
     return {
@@ -87,7 +91,7 @@ def compile_operator(operator, dtype, target, shape, strides=None):
 
 
 def disassemble(compiled):
-    """The instructions of an NVIDIA kernel, and the registers and bytes of stack of a thread, by Triton's own cuobjdump."""
+    """The instructions of an NVIDIA kernel, and a thread's registers and bytes of stack, as Triton's cuobjdump prints them."""
     text = dump(compiled)
     instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
@@ -95,7 +99,7 @@ def disassemble(compiled):
 
 
 def dump(compiled) -> str:
-    """What cuobjdump says of a kernel, which takes longer than to compile it: kept with it in Triton's cache."""
+    """The output of cuobjdump, which takes longer than compiling: Triton's cache keeps it beside the kernel."""
     import triton
     from triton.runtime.cache import get_cache_manager
 
@@ -119,7 +123,7 @@ def elements_per_thread() -> int:
 
 
 def inspect(operator, dtype, arch, target, n) -> dict:
-    """One row of the table. Per element counts every instruction of the kernel, those of the tail and of the set-up too."""
+    """A row of the table; the instructions per element include those of the tail and of the set-up."""
     compiled = compile_operator(operator, dtype, target, (n,))
     row = {"target": arch, "operator": operator, "dtype": record.short(dtype), "n": n}
     if target.backend == "hip":
@@ -139,9 +143,7 @@ def inspect(operator, dtype, arch, target, n) -> dict:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.code", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
-    arguments = parser.parse_args(argv)
+    arguments = record.parser("code", __doc__, device=False).parse_args(argv)
     if kernels.UNAVAILABLE or kernels.INTERPRETED:
         print(f"code: skipped, {kernels.UNAVAILABLE or 'TRITON_INTERPRET=1 compiles nothing'}")
         return 0
@@ -153,7 +155,7 @@ def main(argv=None) -> int:
         for n in (EVEN, ODD)
     ]
     rows = [inspect(*step) for step in record.progress(work, "compiling and disassembling")]
-    folder = (arguments.out or record.RESULTS) / "code"
+    folder = arguments.out / "code"
     about = record.environment(torch.device("cpu")) | {"device": "none: compiled and disassembled"}
     record.write(folder, "code", rows, about)
     record.show("Machine code for sm_90", [row for row in rows if row["target"] == "sm_90"])

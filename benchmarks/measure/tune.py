@@ -1,12 +1,13 @@
-"""Launch shapes that might win: elements a program, warps a program. What is measured best belongs into kernels/launch.py.
+"""Launch shapes on a GPU: elements and warps per program.
 
-On a GPU: GB/s of forward and of both backwards at 2²⁶ elements, for each shape. The shape in use is among them.
+Measures GB/s of sigmoid's forward and both of its backwards at 2²⁶ elements, with the shape in use and others. If another one
+wins, enter it into kernels/launch.py.
+
+Writes tune.csv and .json. Takes a few minutes, and needs a GPU.
 """
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ ROUNDS = 10
 
 
 def launches(buffers):
-    """The three kernels as functions of a buffer's index, and the tensors that each moves."""
+    """The three kernels: how many tensors each moves, and a function that calls it on the i-th buffers."""
     pairs = [(x, grad) for (x,), grad in buffers]
     return {
         "forward": (2, lambda i: kernels.sigmoid_forward(pairs[i % len(pairs)][0])),
@@ -34,7 +35,7 @@ def launches(buffers):
 
 
 def with_shape(run, elements, warps):
-    """`run` under this launch shape: plans and kept launches of another are dropped first."""
+    """`run` with this launch shape, after dropping the plans and launches that were kept for another one."""
     from torch_sigmoid.kernels import launch, sigmoid
 
     launchers = [sigmoid._forward, *sigmoid._backward.values()]
@@ -52,9 +53,7 @@ def with_shape(run, elements, warps):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for the results, in place of benchmarks/results")
-    arguments = parser.parse_args(argv)
+    arguments = record.parser("tune", __doc__, device=False).parse_args(argv)
     if not torch.cuda.is_available() or kernels.UNAVAILABLE:
         print(f"tune: skipped, {kernels.UNAVAILABLE or 'there is no GPU'}")
         return 0

@@ -1,0 +1,1 @@
+"""Networks on real data, trained with torch's layers and losses and with ours."""
