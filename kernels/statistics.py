@@ -9,6 +9,8 @@ fp32 is not. Sums are fp64, since the square of a vanishing gradient is no fp32 
 and one more kernel adds them up in a fixed order: no atomics, so the same tensor gives the same bits.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -68,7 +70,9 @@ def activation_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
     KIND: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
+    """f'(x) is the KIND's derivative at SCALE·x."""
     zero = tl.full((), 0.0, tl.float64)
     n = zero
     n_saturated = zero
@@ -80,7 +84,8 @@ def activation_kernel(
         if present:
             rows, columns, _, mask = tile
             x = load_tile(x_ptr, x_row_stride, x_column_stride, tile)
-            slope = tl.abs(derivative(x, KIND)).to(tl.float64)
+            scaled = x if SCALE == 1.0 else maths.constant(SCALE, x) * x
+            slope = tl.abs(derivative(scaled, KIND)).to(tl.float64)
             saturated = within(x, bounds_ptr) & mask
             n += count(mask)
             n_saturated += count(saturated)
@@ -229,18 +234,22 @@ def _arrange_fold(inputs, outputs):
     return 1, (len(inputs[0]),)
 
 
-_activation = {kind: Launcher(activation_kernel, index, arrange=_arrange_activation) for index, kind in enumerate(DERIVATIVES)}
+@lru_cache(maxsize=64)
+def _activation(kind, scale):
+    return Launcher(activation_kernel, DERIVATIVES.index(kind), scale, arrange=_arrange_activation)
+
+
 _squares = Launcher(squares_kernel, arrange=_arrange_squares)
 _fold_activation = Launcher(fold_kernel, ACTIVATION_COLUMNS.value - 1, True, FOLD_BLOCK, arrange=_arrange_fold)
 _fold_squares = Launcher(fold_kernel, SQUARES_COLUMNS.value, False, FOLD_BLOCK, arrange=_arrange_fold)
 _streak = Launcher(streak_kernel)
 
 
-def add_activation(x, kind, bounds, totals, alive, streak):
+def add_activation(x, kind, bounds, totals, alive, streak, scale=1.0):
     """Add what an activation's input tells to `totals`, and a batch to the `streak` of each unit that saturated throughout.
 
-    `x` is (outer, units, inner); `bounds` are its BOUNDS in the dtype of the arithmetic; `totals` are ACTIVATION_COLUMNS
-    fp64 numbers; `alive` (zeros) and `streak` are fp32, one a unit.
+    `x` is (outer, units, inner), and f'(x) the derivative of `kind` at scale·x; `bounds` are its BOUNDS in the dtype of the
+    arithmetic; `totals` are ACTIVATION_COLUMNS fp64 numbers; `alive` (zeros) and `streak` are fp32, one a unit.
     """
     matrix = as_matrix(x.shape, x.stride())
     if matrix is None:
@@ -248,7 +257,7 @@ def add_activation(x, kind, bounds, totals, alive, streak):
         matrix = as_matrix(x.shape, x.stride())
     *_, programs = _tiles(*matrix[0])
     partials = torch.empty(programs, ACTIVATION_COLUMNS.value, dtype=torch.float64, device=x.device)
-    _activation[kind]((x, bounds), (partials, alive))
+    _activation(kind, scale)((x, bounds), (partials, alive))
     _fold_activation((partials,), (totals,))
     _streak((alive, streak), (alive, streak))
 
