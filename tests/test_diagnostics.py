@@ -19,8 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid
-from torch_sigmoid import statistics
-from torch_sigmoid.diagnostics import SIGMOID_LIKE, GradientWatch
+from torch_sigmoid.diagnostics import SIGMOID_LIKE, GradientWatch, statistics
 
 pytestmark = pytest.mark.ways("interpreter")
 
@@ -417,7 +416,7 @@ def test_memory_does_not_grow_with_the_shapes_of_inputs(device):
         for size in range(1, 30):
             run(layer, torch.ones(2, size, device=device))
             run(gate, torch.ones(2, 6, size, device=device))
-    assert sum(map(len, watch._units.values())) <= 5
+    assert sum(map(len, watch._totals.units.values())) <= 5
     assert seen(watch, "1")["units"] == 3
 
 
@@ -520,7 +519,7 @@ def test_part_of_what_uses_an_input_may_get_no_gradient(device):
         _, two = module(x)[0]["both"]
         two.sum().backward()
         watch.step()
-        assert not watch._unfinished
+        assert not watch._reader.unfinished
     assert seen(watch)["leaving"] == pytest.approx(2 * 15**0.5)
 
 

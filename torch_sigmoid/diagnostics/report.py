@@ -1,7 +1,10 @@
 """How `diagnostics` puts its numbers before people: a table with words, and heat maps."""
 
+import importlib
 import io
 import math
+
+from .totals import Row
 
 # Fractions of units that are worth a word, and a gradient's norm relative to the largest of the network.
 MANY_SATURATED = 0.5
@@ -70,13 +73,13 @@ def cell(key: str, layer: dict) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(layers: list[dict], steps: list[tuple[int, int, int]], watch, file) -> None:
+def write(layers: list[dict], rows: list[Row], file, *, every: int, threshold: float, dead_after: int) -> None:
     entering = [layer["entering"] for layer in layers if layer["entering"] is not None]
     largest = max((norm for norm in entering if math.isfinite(norm)), default=0.0)
-    watched = sum(n for _, _, n in steps)
-    title = f"Gradients in steps {steps[0][0]} to {steps[-1][1]}: {watched} watched (every={watch.every}), in {len(steps)} rows"
-    rows = [[cell(key, layer) for key in COLUMNS.values()] for layer in layers]
-    lines = [MEANINGS.format(threshold=watch.threshold, dead_after=watch.dead_after)]
+    watched = sum(row.watched for row in rows)
+    title = f"Gradients in steps {rows[0].first} to {rows[-1].last}: {watched} watched (every={every}), in {len(rows)} rows"
+    cells = [[cell(key, layer) for key in COLUMNS.values()] for layer in layers]
+    lines = [MEANINGS.format(threshold=threshold, dead_after=dead_after)]
     unseen = [layer["name"] for layer in layers if layer["mean_derivative"] is None and layer["entering"] is None]
     if unseen:
         lines.append(f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)")
@@ -89,7 +92,7 @@ def write(layers: list[dict], steps: list[tuple[int, int, int]], watch, file) ->
     if not in_trouble:
         lines.append("No layer is in trouble.")
     encoding = getattr(file, "encoding", None) or "utf-8"
-    text = "\n".join([_table(title, list(COLUMNS), rows, encoding), *lines])
+    text = "\n".join([_table(title, list(COLUMNS), cells, encoding), *lines])
     print(_encodable(text, encoding), file=file)
 
 
@@ -128,7 +131,8 @@ def _table(title: str, heads: list[str], rows: list[list[str]], encoding: str) -
 
 
 def heat_maps(seen: dict):
-    """Layer × step, one panel a statistic; white where nothing was seen."""
+    """A Figure: layer × step, one panel a statistic; white where nothing was seen."""
+    _need("matplotlib", "plot()")
     import numpy as np
     from matplotlib import colors
     from matplotlib.figure import Figure
@@ -154,3 +158,22 @@ def heat_maps(seen: dict):
         axes.set_ylim(len(names), 0)
         figure.colorbar(image, ax=axes)
     return figure
+
+
+def dataframe(seen: dict):
+    """A pandas.DataFrame with one row a layer and recorded row."""
+    pandas = _need("pandas", "to_dataframe()")
+    rows = []
+    for name, layer in seen["layers"].items():
+        series = {key: values for key, values in layer.items() if isinstance(values, list)}
+        for index, (first, last) in enumerate(seen["steps"]):
+            row = {"layer": name, "type": layer["type"], "step": first, "last_step": last}
+            rows.append(row | {key: values[index] for key, values in series.items()})
+    return pandas.DataFrame(rows)
+
+
+def _need(name: str, caller: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"{caller} needs {name}, which is not installed: pip install {name}") from None

@@ -1,7 +1,15 @@
-"""What `diagnostics` adds up, as operators on values: one Triton kernel a tensor where that can run, else torch operators.
+"""Adds up what one tensor tells: of a layer's input, how much is saturated or lost; of a gradient, the square of its norm.
 
-An activation f is known here by a name, its `kind`. Everything about it follows from its derivative in float64:
-which x are saturated (|f'(x)| below a threshold), and for which a gradient is lost, as `lost_when` says of it.
+A layer's derivative is f'(x) = kind'(scale·x). `kind` names one of KINDS; `scale` is 1 except for forms such as QuickGELU,
+x·σ(1.702·x), whose derivative is silu'(1.702·x). An x is
+
+- saturated where |f'(x)| < threshold;
+- lost where f'(x) is a normal number but the layer's backward returns 0, because it works from a value that has rounded.
+  LOST_WHEN names that value.
+
+Both are intervals of x. `bounds` finds them once, by bisection over the numbers of the dtype with f' in float64: they are
+exact, and for each tensor only comparisons are left. One Triton kernel reads the tensor where a kernel can run; otherwise torch
+operators compute the same numbers.
 """
 
 import functools
@@ -13,12 +21,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gates, ops
+from .. import gates, ops
 
-# Columns of the totals of an activation, and of a gradient.
+# The columns that `add_activation` and `add_squares` add to.
 ACTIVATION_COLUMNS = ("elements", "saturated", "lost", "sum of |f'|", "least |f'|")
 SQUARES_COLUMNS = ("squares of the finite", "elements", "not finite")
 LEAST = ACTIVATION_COLUMNS.index("least |f'|")
+
+
+class Kind(NamedTuple):
+    """An activation's derivative: of a float, of a tensor, and the x between which |f'| is monotone."""
+
+    slope: Callable[[float], float]
+    slopes: Callable[[Tensor], Tensor]
+    turns: tuple[float, ...]
 
 
 def _sigmoid(x: float) -> float:
@@ -34,15 +50,7 @@ def _silu_slope(x: float) -> float:
     return _sigmoid(x) * (1 + x * _sigmoid(-x)) if abs(x) < 1000 else float(x > 0)
 
 
-class Kind(NamedTuple):
-    """f' of a float, f' of a tensor, and the x between which |f'| is monotone."""
-
-    slope: Callable[[float], float]
-    slopes: Callable[[Tensor], Tensor]
-    turns: tuple[float, ...]
-
-
-def _exact_slopes(x: Tensor) -> Tensor:
+def _sigmoid_slopes(x: Tensor) -> Tensor:
     e = x.abs().neg_().exp_()
     return e / (1 + e).square_()
 
@@ -53,39 +61,74 @@ def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
 
 
 KINDS = {
-    "sigmoid": Kind(_sigmoid_slope, _exact_slopes, (0.0,)),
-    # Its zero, and the two turns of f' at the solutions of x·tanh(x/2) = 2.
+    "sigmoid": Kind(_sigmoid_slope, _sigmoid_slopes, (0.0,)),
+    # silu' is 0 at -1.278, and turns at ±2.399, the solutions of x·tanh(x/2) = 2.
     "silu": Kind(
         _silu_slope, lambda x: gates.weighted(1.0, x, "silu", 1), (-2.3993572805154, -1.2784645427610738, 2.3993572805154)
     ),
     "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: gates.weighted(1.0, x, "logsigmoid", 1), ()),
-    "tanh": Kind(lambda x: 4 * _sigmoid_slope(2 * x), lambda x: 4 * _exact_slopes(2 * x), (0.0,)),
+    "tanh": Kind(lambda x: 4 * _sigmoid_slope(2 * x), lambda x: 4 * _sigmoid_slopes(2 * x), (0.0,)),
     "relu": Kind(lambda x: float(x > 0), lambda x: _step(x > 0, x, 1.0), (0.0,)),
     "hardsigmoid": Kind(lambda x: float(abs(x) < 3) / 6, lambda x: _step(x.abs() < 3, x, 1 / 6), (-3.0, 0.0, 3.0)),
 }
-
-# When a backward finds 0 though f' is a normal number: what it works from has rounded to where f' would be 0.
-LOST_WHEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "never": lambda x: torch.zeros_like(x, dtype=torch.bool),
-    "sigmoid rounds to 1": lambda x: torch.sigmoid(x) == 1,
-    "sigmoid rounds to 1 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 1,
-    # e^-x overflows before x·e^x is subnormal.
-    "sigmoid rounds to 0 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 0,
-    "tanh rounds to ±1": lambda x: torch.tanh(x).abs() == 1,
-}
-
-EMPTY = (math.inf, -math.inf)
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+# The scaled inputs for which a backward returns 0 although f' is a normal number.
+LOST_WHEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "never": lambda x: torch.zeros_like(x, dtype=torch.bool),
+    "sigmoid rounds to 1": lambda x: torch.sigmoid(x) == 1,
+    "sigmoid rounds to 1 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 1,
+    # torch's SiLU divides by 1 + e^-x, and e^-x overflows before x·e^x is subnormal.
+    "sigmoid rounds to 0 in fp32": lambda x: torch.sigmoid(x.to(_arithmetic(x.dtype))) == 0,
+    "tanh rounds to ±1": lambda x: torch.tanh(x).abs() == 1,
+}
+
+
+@functools.cache
+def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, device: torch.device, scale: float = 1.0) -> Tensor:
+    """The x of `dtype` that are saturated and those that are lost, as intervals on `device`.
+
+    Returns:
+        8 numbers of the dtype that kernels compute in (fp32, or fp64 for fp64): two closed intervals of saturated x, then two
+        of lost x, each as (from, to). An interval that is not needed is (inf, -inf).
+    """
+    slope, _, turns = KINDS[kind]
+    turns = tuple(turn / scale for turn in turns)
+    smallest_normal = torch.finfo(dtype).smallest_normal
+    is_lost = LOST_WHEN[lost_when]
+
+    def saturated(x):
+        return abs(slope(scale * x.item())) < threshold
+
+    def normal(x):
+        return abs(slope(scale * x.item())) >= smallest_normal
+
+    def zero(x):
+        # The module scales in the dtype of its input.
+        return bool(is_lost(x if scale == 1 else scale * x))
+
+    pairs = _intervals(saturated, turns, dtype)
+    assert len(pairs) <= 2, "|f'| of no kind falls below a threshold in three places"
+    pairs += [_EMPTY] * (2 - len(pairs))
+    lost = []
+    for first, last in _intervals(zero, turns, dtype):
+        for low, high in _intervals(normal, turns, dtype):
+            if max(first, low) <= min(last, high):
+                lost.append((max(first, low), min(last, high)))
+    pairs += lost + [_EMPTY] * (2 - len(lost))
+    return torch.tensor(pairs, dtype=torch.float64, device="cpu").flatten().to(device, _arithmetic(dtype))
+
+
+_EMPTY = (math.inf, -math.inf)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _rank(x: float, dtype: torch.dtype) -> int:
-    """The number of representable numbers between 0 and x, negative for x < 0."""
+    """How many numbers of `dtype` lie between 0 and x; negative for x < 0."""
     magnitude = torch.tensor([abs(x)], dtype=torch.float64, device="cpu").to(dtype).view(_BITS[dtype.itemsize]).item()
     return -magnitude if x < 0 else magnitude
 
@@ -96,7 +139,10 @@ def _at_rank(rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def _intervals(holds: Callable[[Tensor], bool], turns: tuple[float, ...], dtype: torch.dtype) -> list[tuple[float, float]]:
-    """Where a condition holds that changes at most once between two neighbouring turns, as closed intervals of `dtype`."""
+    """The closed intervals of `dtype` in which a condition holds.
+
+    The caller must ensure that it changes at most once between two neighbouring turns: there, bisection finds the change.
+    """
     inf = _rank(math.inf, dtype)
     edges = sorted({-inf, *(_rank(turn, dtype) for turn in turns), inf})
     found: list[list[int]] = []
@@ -124,46 +170,28 @@ def _intervals(holds: Callable[[Tensor], bool], turns: tuple[float, ...], dtype:
     return [(_at_rank(first, dtype).item(), _at_rank(last, dtype).item()) for first, last in found]
 
 
-@functools.cache
-def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, device: torch.device) -> Tensor:
-    """The intervals of x in `dtype` that are saturated and lost, two each, as [from, to] pairs in the arithmetic's dtype."""
-    slope, _, turns = KINDS[kind]
-    smallest_normal = torch.finfo(dtype).smallest_normal
-    zero = LOST_WHEN[lost_when]
-
-    def saturated(x):
-        return abs(slope(x.item())) < threshold
-
-    def normal(x):
-        return abs(slope(x.item())) >= smallest_normal
-
-    pairs = _intervals(saturated, turns, dtype)
-    assert len(pairs) <= 2, "|f'| of no kind falls below a threshold in three places"
-    pairs += [EMPTY] * (2 - len(pairs))
-    lost = []
-    for first, last in _intervals(lambda x: bool(zero(x)), turns, dtype):
-        for low, high in _intervals(normal, turns, dtype):
-            if max(first, low) <= min(last, high):
-                lost.append((max(first, low), min(last, high)))
-    pairs += lost + [EMPTY] * (2 - len(lost))
-    return torch.tensor(pairs, dtype=torch.float64, device="cpu").flatten().to(device, _arithmetic(dtype))
-
-
 def _within(x: Tensor, limits: Tensor) -> Tensor:
     return ((x >= limits[0]) & (x <= limits[1])) | ((x >= limits[2]) & (x <= limits[3]))
 
 
-def add_activation(x: Tensor, kind: str, limits: Tensor, totals: Tensor, alive: Tensor, streak: Tensor) -> None:
-    """Add to `totals` (ACTIVATION_COLUMNS) what `x` tells, and to `streak` a batch for each unit that is wholly saturated.
+def add_activation(
+    x: Tensor, kind: str, limits: Tensor, totals: Tensor, alive: Tensor, streak: Tensor, scale: float = 1.0
+) -> None:
+    """Add a layer's input to its `totals`, and count the call in the `streak` of each unit that is saturated throughout.
 
-    `x` is (outer, units, inner), `limits` its `bounds`; `alive` is zero before and after.
+    Args:
+        x: (outer, units, inner).
+        limits: the `bounds` of this kind, scale and dtype.
+        totals: ACTIVATION_COLUMNS, one number each.
+        alive: memory of the kernel's, one number a unit; zeros before and after.
+        streak: for how many calls each unit has been saturated throughout; 0 again where one x of it is not.
     """
     if ops.launchable(x, limits, totals):
-        ops.kernels.add_activation(x, kind, limits, totals, alive, streak)
+        ops.kernels.add_activation(x, kind, limits, totals, alive, streak, scale)
         return
     wide = x.to(limits.dtype)
     saturated = _within(wide, limits)
-    slopes = KINDS[kind].slopes(wide).abs_()
+    slopes = KINDS[kind].slopes(wide if scale == 1 else scale * wide).abs_()
     totals[0] += x.numel()
     totals[1] += saturated.sum()
     totals[2] += _within(wide, limits[4:]).sum()
@@ -174,7 +202,7 @@ def add_activation(x: Tensor, kind: str, limits: Tensor, totals: Tensor, alive: 
 
 
 def add_squares(g: Tensor, totals: Tensor) -> None:
-    """Add to `totals` (SQUARES_COLUMNS) what `g` tells."""
+    """Add a gradient to `totals`, SQUARES_COLUMNS: Σg² over its finite elements, how many elements, how many not finite."""
     if ops.launchable(g, totals):
         ops.kernels.add_squares(g, totals)
         return
