@@ -62,6 +62,7 @@ CONCERNED = {
     "torch_sigmoid/autograd.py": ("device autograd modules backward tracing", "ptx autograd backward"),
     "torch_sigmoid/checks.py": ("device errors losses gates siglip tensors", "ptx losses"),
     "torch_sigmoid/diagnostics/__init__.py": ("device package",),
+    "torch_sigmoid/diagnostics/advice.py": ("device watch_report",),
     "torch_sigmoid/diagnostics/gradients.py": ("device watch watch_steps",),
     "torch_sigmoid/diagnostics/layers.py": ("device watch watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/report.py": ("device watch_report",),

@@ -10,6 +10,7 @@ from watched import exact_derivative, gate_of, layers, run, seen, watching
 
 import torch_sigmoid
 from torch_sigmoid.diagnostics import GradientWatch, statistics
+from torch_sigmoid.diagnostics import layers as known_layers
 
 pytestmark = pytest.mark.ways("interpreter")
 
@@ -91,6 +92,41 @@ def test_saturation_is_exact_at_every_threshold(kind, threshold):
     totals, units = torch.tensor([0, 0, 0, 0, math.inf], dtype=torch.float64), torch.zeros(2, 1)
     statistics.add_activation(x.view(1, 1, -1), kind, limits, totals, *units.unbind())
     assert totals[1] == expected
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.702])
+@pytest.mark.parametrize("kind", statistics.KINDS)
+@pytest.mark.ways
+def test_intervals_are_exact_at_every_scale(kind, scale):
+    x = all_patterns(torch.float16)
+    x = x[~x.isnan()]
+    slope = torch.tensor([abs(statistics.KINDS[kind].slope(scale * value)) for value in x.tolist()], dtype=torch.float64)
+    limits = statistics.bounds(kind, "sigmoid rounds to 1", torch.float16, 0.01, torch.device("cpu"), scale)
+    totals, units = torch.tensor([0, 0, 0, 0, math.inf], dtype=torch.float64), torch.zeros(2, 1)
+    statistics.add_activation(x.view(1, 1, -1), kind, limits, totals, *units.unbind(), scale)
+    assert totals[1] == (slope < 0.01).sum()
+    # The product is rounded to fp16 before the sigmoid, as in a module that computes torch.sigmoid(scale * x).
+    assert totals[2] == ((torch.sigmoid(scale * x) == 1) & (slope >= torch.finfo(torch.float16).smallest_normal)).sum()
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.ways("interpreter", "ptx")
+def test_a_scaled_derivative_is_what_autograd_computes_in_float64(dtype, device, monkeypatch):
+    """x·σ(1.702x) has the derivative silu'(1.702x)."""
+    monkeypatch.setitem(known_layers._KNOWN_FORWARDS, QuickGELU.forward, known_layers.Known("silu", 1.702, "never"))
+    x = random((37, 54), dtype, device, scale=4.0)
+    with watching(layer := QuickGELU(), modules=QuickGELU) as watch:
+        run(layer, x)
+    slope = run(layer, x.double().cpu()).abs()
+    numbers = seen(watch)
+    assert numbers["mean_derivative"] == pytest.approx(slope.mean().item(), rel=1e-6)
+    assert numbers["least_derivative"] == pytest.approx(slope.min().item(), rel=1e-5, abs=1e-7)
+    assert numbers["saturated"] == (slope < 0.01).double().mean().item()
 
 
 @pytest.mark.parametrize("kind", statistics.KINDS)
@@ -193,7 +229,7 @@ def test_by_default_a_unit_is_dead_after_ten_calls(device):
     with watching(layer) as watch:
         for call in range(1, 12):
             run(layer, torch.full((3, 2), 9.0, device=device))
-            assert seen(watch)["dead_units"] == (2 if call >= 10 else 0)
+            assert seen(watch)["dead_units"] == (2 if call >= 10 else None), "unknown before"
 
 
 @pytest.mark.ways("interpreter", "ptx")
@@ -209,8 +245,18 @@ def test_units_are_dead_after_k_calls_and_revive(device):
         x[2, 1] = 0
         run(layer, x)
         counts.append(seen(watch)["dead_units"])
-    assert counts == [0, 0, 1, 1, 0]
+    assert counts == [None, None, 1, 1, 0]
     assert seen(watch)["units"] == 3
+
+
+def test_units_of_a_size_seen_too_rarely_are_not_judged(device):
+    layer = nn.Sigmoid()
+    with watching(layer, dead_after=2) as watch:
+        run(layer, torch.full((3, 2), 9.0, device=device))
+        assert (seen(watch)["dead_units"], seen(watch)["units"]) == (None, None)
+        run(layer, torch.full((3, 2), 9.0, device=device))
+        run(layer, torch.full((3, 5), 9.0, device=device))
+    assert (seen(watch)["dead_units"], seen(watch)["units"]) == (2, 2)
 
 
 def test_a_default_device_changes_nothing(device):

@@ -1,15 +1,11 @@
-"""How `diagnostics` puts its numbers before people: a table with words, and heat maps."""
+"""Puts the numbers of a watch before people: the printed report, heat maps, a dataframe."""
 
 import importlib
 import io
-import math
+import textwrap
 
-from .totals import Row
-
-# Fractions of units that are worth a word, and a gradient's norm relative to the largest of the network.
-MANY_SATURATED = 0.5
-MANY_LOST = 0.01
-VANISHED = 1e-4
+from .advice import troubles
+from .totals import Row, between
 
 COLUMNS = {
     "layer": "name",
@@ -22,47 +18,55 @@ COLUMNS = {
     "‖grad‖ in": "entering",
     "‖grad‖ out": "leaving",
     "out / in": "attenuation",
+    "between": "between",
 }
 
 MEANINGS = """\
 mean, least |f'|   the layer's own derivative at its inputs: what it multiplies gradients by. A sigmoid's is 1/4 at best.
 saturated          inputs where |f'| is below {threshold:g}: hardly any gradient passes.
 lost to rounding   inputs whose gradient comes out as exactly 0 although |f'| is a normal number of the dtype.
-dead units         units saturated on every sample of the last {dead_after} watched calls.
-‖grad‖ in, out     norms of the gradient as it enters the layer in backward, and as it leaves; out / in is what it keeps.\
+dead units         units saturated on every sample of the last {dead_after} watched calls; – before that many were watched.
+‖grad‖ in, out     norms of the gradient as it enters the layer in backward, and as it leaves; out / in is what it keeps.
+between            ‖grad‖ in of the layer listed above over ‖grad‖ out of this one: what Linears, normalisation and residual
+                   connections between the two multiply gradients by. Layers are listed in the model's order.
+Only modules are watched: direct calls such as torch.sigmoid(x), F.sigmoid(x) and F.silu(x) are invisible here, and what they
+take shows under "between".\
 """
 
-ADVICE = {
-    "not finite": "gradients with infinities or NaN, which the norms leave out: under a GradScaler a few steps are expected to "
-    "overflow; else a lower learning rate, gradient clipping, bf16 in place of fp16",
-    "lost to rounding": 'rounding, not mathematics: torch_sigmoid.Sigmoid(save="input"), or replace(model, save="input"), '
-    "keeps these gradients, and those of SiLU and GLU",
-    "lost by tanh": "rounding, not mathematics: tanh has rounded to 1; tanh(x) is 2·sigmoid(2x) - 1, whose gradient "
-    'torch_sigmoid.sigmoid(2 * x, save="input") keeps; or normalisation before the layer',
-    "saturated": "inputs too large: a smaller or Xavier initialisation, normalisation before the layer, a lower learning rate",
-    "dead": "units that no sample moves: look at their biases and initialisation; normalisation brings them back",
-    "vanished": "the product of many small derivatives: SiLU or ReLU in hidden layers, residual connections, fewer sigmoids",
-}
+
+def write(layers: list[dict], rows: list[Row], file, *, every: int, threshold: float, dead_after: int) -> None:
+    """Print the table of `layers`, what its columns mean, and the troubles.
+
+    Args:
+        layers: in the model's order; of each, its "name", "type" and "kind", and the statistics of `GradientWatch.to_dict` as
+            numbers.
+        rows: the recorded rows that the numbers come from.
+        every, threshold, dead_after: the watch's.
+    """
+    watched = sum(row.watched for row in rows)
+    title = f"Gradients in steps {rows[0].first} to {rows[-1].last}: {watched} watched (every={every}), in {len(rows)} rows"
+    shown = [layer | {"between": ratio} for layer, ratio in zip(layers, between(layers))]
+    cells = [[_cell(key, layer) for key in COLUMNS.values()] for layer in shown]
+    lines = [MEANINGS.format(threshold=threshold, dead_after=dead_after)]
+    unseen = [layer["name"] for layer in layers if layer["mean_derivative"] is None and layer["entering"] is None]
+    if unseen:
+        lines.append(f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)")
+    found = troubles(layers)
+    for trouble in found:
+        lines.append(f"{trouble.heading}: {', '.join(trouble.places)}")
+        lines += [_paragraph(words) for words in trouble.words]
+    if not found:
+        lines.append("No layer is in trouble.")
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = "\n".join([_table(title, list(COLUMNS), cells, encoding), *lines])
+    print(_encodable(text, encoding), file=file)
 
 
-def troubles(layer: dict, largest: float) -> list[str]:
-    """What is wrong with a layer, as keys of ADVICE."""
-    found = []
-    if layer["not_finite"] or math.isnan(layer["mean_derivative"] or 0):
-        found.append("not finite")
-    if (layer["lost_to_rounding"] or 0) > MANY_LOST:
-        found.append("lost by tanh" if layer["kind"] == "tanh" else "lost to rounding")
-    # A ReLU is meant to be off for half of its inputs.
-    if (layer["saturated"] or 0) > MANY_SATURATED and layer["kind"] != "relu":
-        found.append("saturated")
-    if layer["dead_units"]:
-        found.append("dead")
-    if layer["leaving"] is not None and layer["leaving"] <= VANISHED * largest:
-        found.append("vanished")
-    return found
+def _paragraph(words: str) -> str:
+    return textwrap.fill(words, 120, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def cell(key: str, layer: dict) -> str:
+def _cell(key: str, layer: dict) -> str:
     value = layer[key]
     if value is None:
         return "–"
@@ -73,31 +77,8 @@ def cell(key: str, layer: dict) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(layers: list[dict], rows: list[Row], file, *, every: int, threshold: float, dead_after: int) -> None:
-    entering = [layer["entering"] for layer in layers if layer["entering"] is not None]
-    largest = max((norm for norm in entering if math.isfinite(norm)), default=0.0)
-    watched = sum(row.watched for row in rows)
-    title = f"Gradients in steps {rows[0].first} to {rows[-1].last}: {watched} watched (every={every}), in {len(rows)} rows"
-    cells = [[cell(key, layer) for key in COLUMNS.values()] for layer in layers]
-    lines = [MEANINGS.format(threshold=threshold, dead_after=dead_after)]
-    unseen = [layer["name"] for layer in layers if layer["mean_derivative"] is None and layer["entering"] is None]
-    if unseen:
-        lines.append(f"Not seen: {', '.join(unseen)} (not run in grad mode, or within torch.compile, a tracer or torch.func)")
-    in_trouble = {}
-    for layer in layers:
-        for trouble in troubles(layer, largest):
-            in_trouble.setdefault(trouble, []).append(layer["name"])
-    for trouble, names in in_trouble.items():
-        lines.append(f"{trouble.upper()}: {', '.join(names)}\n    {ADVICE[trouble]}")
-    if not in_trouble:
-        lines.append("No layer is in trouble.")
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    text = "\n".join([_table(title, list(COLUMNS), cells, encoding), *lines])
-    print(_encodable(text, encoding), file=file)
-
-
-# For what cannot print the others, such as a Windows console.
-_PLAIN = str.maketrans({"‖": "|", "–": "-", "·": "*", "²": "^2"})
+# What stands in for signs that a terminal, such as a Windows console, cannot print.
+_PLAIN = str.maketrans({"‖": "|", "–": "-", "·": "*", "±": "+-"})
 
 
 def _encodable(text: str, encoding: str) -> str:
@@ -109,7 +90,7 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]], encoding: str) -> str:
-    """As wide as it needs to be: a number that is cut off is none."""
+    """As wide as it needs to be, whatever the terminal: a number that is cut off misleads."""
     try:
         from rich import box
         from rich.console import Console

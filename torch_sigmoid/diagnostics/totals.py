@@ -47,10 +47,11 @@ def merged(one: Tensor, other: Tensor) -> Tensor:
 
 
 class _Units:
-    """The units of a layer's inputs of one size, on one device."""
+    """The units of a layer's inputs of one size, on one device; `calls` is how many watched calls had that size."""
 
     def __init__(self, n_units: int, device: torch.device):
         self.alive, self.streak = torch.zeros(2, n_units, dtype=torch.float32, device=device).unbind()
+        self.calls = 0
 
 
 class _OnDevice:
@@ -107,6 +108,7 @@ class Totals:
         """Add an input, (outer, units, inner), to the step at hand; see `statistics.add_activation`."""
         with self._lock:
             units = self._units_of(layer, x)
+            units.calls += 1
             totals = self._current(x.device)[layer, _INPUT]
             statistics.add_activation(x, kind, limits, totals, units.alive, units.streak, scale)
 
@@ -150,20 +152,23 @@ class Totals:
     def dead_units(self, dead_after: int) -> list[tuple[int, int] | tuple[None, None]]:
         """For each layer, how many units were saturated on every sample of the last `dead_after` watched calls, of how many.
 
-        On several devices, a unit must be dead on each of them.
+        Input sizes that came in fewer calls are left out; (None, None) where none is left. On several devices, a unit must be
+        dead on each of them.
         """
-        # By layer and number of units.
-        found: dict[tuple[int, int], Tensor] = {}
+        # By layer and number of units: the fewest calls of any device, and for how many calls at least each unit has been dead.
+        found: dict[tuple[int, int], tuple[int, Tensor]] = {}
         with self._lock:
             for (layer, _), of_sizes in self.units.items():
                 for n_units, units in of_sizes.items():
-                    streak = units.streak.cpu()
+                    calls, streak = units.calls, units.streak.cpu()
                     if (layer, n_units) in found:
-                        streak = torch.minimum(streak, found[layer, n_units])
-                    found[layer, n_units] = streak
+                        other_calls, other_streak = found[layer, n_units]
+                        calls, streak = min(calls, other_calls), torch.minimum(streak, other_streak)
+                    found[layer, n_units] = calls, streak
         judged: list[list[Tensor]] = [[] for _ in range(self._n_layers)]
-        for (layer, _), streak in found.items():
-            judged[layer].append(streak)
+        for (layer, _), (calls, streak) in found.items():
+            if calls >= dead_after:
+                judged[layer].append(streak)
         return [
             (sum(int((streak >= dead_after).sum()) for streak in own), sum(map(len, own))) if own else (None, None)
             for own in judged
@@ -200,6 +205,18 @@ def derived(totals: Tensor) -> dict[str, float | None]:
     attenuation = leaving / entering if entering and leaving is not None else None
     of_input = (total / elements, least, saturated / elements, lost / elements) if elements else (None,) * 4
     return dict(zip(STATISTICS, (*of_input, entering, leaving, attenuation, not_finite)))
+
+
+def between(layers: list[dict]) -> list[float | None]:
+    """For each layer, "entering" of the one before it that has a gradient, over its own "leaving"; None where one is missing.
+
+    It is what lies between the two that multiplies the gradient by this, if one leads to the other.
+    """
+    ratios, before = [], None
+    for layer in layers:
+        ratios.append(before / layer["leaving"] if layer["leaving"] and before is not None else None)
+        before = before if layer["entering"] is None else layer["entering"]
+    return ratios
 
 
 def merged_rows(totals: Tensor) -> Tensor:

@@ -36,9 +36,10 @@ class GradientWatch:
     - entering, leaving: the norms ‖∂L/∂output‖ and ‖∂L/∂x‖; attenuation: leaving / entering. Under a GradScaler both norms
       carry its scale, their ratio does not;
     - not_finite: how many elements of these two gradients are infinite or NaN. The norms leave them out;
-    - dead_units: how many of `units` were saturated on every sample of the last `dead_after` watched calls. A unit is a feature
-      of the last dimension, or a channel (dimension 1) where the input has four dimensions or more; of a GLU, of its gate
-      along its dim. For a layer called with inputs of many sizes, the last few count.
+    - dead_units: how many of `units` were saturated on every sample of the last `dead_after` watched calls; both are None
+      until there were that many. A unit is a feature of the last dimension, or a channel (dimension 1) where the input has four
+      dimensions or more; of a GLU, of its gate along its dim. For a layer called with inputs of many sizes, the last few
+      count, each once there were `dead_after` calls with it.
 
     For torch.nn.GLU, x is the gate. For modules whose derivative is not known, only the norms are taken.
 
@@ -303,7 +304,7 @@ class GradientWatch:
         return (
             "nothing was seen yet: no watched layer has run in grad mode"
             + ("" if self._handles else " while the watch was attached")
-            + "; within torch.compile, tracers and torch.func no hook can see"
+            + "; within torch.compile, tracers and torch.func no hook can see, nor direct calls such as torch.sigmoid(x)"
         )
 
 
