@@ -96,7 +96,7 @@ def troubles(layers: list[dict]) -> list[Trouble]:
 
 
 def _vanished(layers: list[dict], lost: list[str]) -> list[Trouble]:
-    """Where the gradient falls below VANISHED of its largest norm, and who multiplied it so; all `layers` have a gradient."""
+    """Find where the gradient falls below VANISHED of its largest norm, and what multiplied it so; all `layers` have one."""
     largest = max((layer["entering"] for layer in layers if math.isfinite(layer["entering"])), default=0.0)
     if largest == 0:
         unsent = [layer["name"] for layer in layers if not layer["not_finite"]]
@@ -131,16 +131,16 @@ def _vanished(layers: list[dict], lost: list[str]) -> list[Trouble]:
 
 
 class _Way(NamedTuple):
-    """The factors that a gradient met before it had vanished: of watched layers, and of what lies between two; and words."""
+    """The way of a gradient until it vanished: the factors of watched layers, those of what lies between two, and words."""
 
     watched: dict[str, float]
     between: dict[str, float]
     lines: list[str]
 
     @classmethod
-    def of(cls, left_by: list[dict], entered: list[dict]) -> "_Way":
+    def of(cls, left: list[dict], entered: list[dict]) -> "_Way":
         """For the layers that the gradient has left and those that it has entered, both in the model's order."""
-        watched = {layer["name"]: layer["attenuation"] for layer in left_by}
+        watched = {layer["name"]: layer["attenuation"] for layer in left}
         between = {
             f"{before['name']} and {layer['name']}": before["entering"] / layer["leaving"]
             for before, layer in itertools.pairwise(entered)
@@ -149,7 +149,7 @@ class _Way(NamedTuple):
         # Of a single layer the table says it: out / in.
         if between:
             first, last = entered[0], entered[-1]
-            end = f"reaches {first['name']}" if len(entered) > len(left_by) else f"leaves {first['name']}"
+            end = f"reaches {first['name']}" if len(entered) > len(left) else f"leaves {first['name']}"
             remains = math.prod((*watched.values(), *between.values()))
             lines.append(
                 f"{remains:.2g} of the gradient that entered {last['name']} {end}: the watched layers multiply it by "

@@ -1,4 +1,4 @@
-"""Where a layer's gradients pass in autograd's graph, the hooks that read them there, and the calls that must not be counted.
+"""Reads a layer's gradients as they pass its nodes in autograd's graph, and decides which calls must not be counted.
 
 An output's gradient enters the layer at the node that made the output; an input's leaves it at the nodes, made during the call,
 that use the input. Hooks on these nodes only read: nothing is put into the graph, so a run gives the same bits as without them.
@@ -63,7 +63,7 @@ def is_readable(value) -> bool:
 
 
 def no_autocast(tensor: Tensor):
-    """Compute in a tensor's own dtype."""
+    """A context in which operators on a tensor compute in its own dtype, though autocast may be on."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
@@ -198,7 +198,7 @@ def edge_of(tensor: Tensor) -> tuple[Any, int]:
 
 
 def next_node_number() -> int:
-    """A number that no node made by this thread from now on is below."""
+    """The least number that a node can have which this thread makes from now on."""
     return torch._C._autograd._get_sequence_nr()
 
 

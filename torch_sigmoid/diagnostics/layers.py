@@ -1,4 +1,4 @@
-"""Which modules a watch looks at, and what is known of each: its derivative, and when its backward loses a gradient."""
+"""Finds the modules to watch, and knows of each its derivative and when its backward loses a gradient."""
 
 import fnmatch
 import math
@@ -56,7 +56,7 @@ _KNOWN_FORWARDS = {module_type.forward: row for module_type, row in _KNOWN.items
 
 
 def known(module: torch.nn.Module) -> Known:
-    """What is known of a module, from its type alone."""
+    """Look up a module by the type whose `forward` it runs."""
     return _KNOWN_FORWARDS.get(type(module).forward, _UNKNOWN)
 
 
@@ -75,9 +75,9 @@ class Layer(NamedTuple):
 
 
 def lost_when(layer: Layer, module: torch.nn.Module, x: Tensor) -> str:
-    """When the backward of this call will return 0 (LOST_WHEN).
+    """When this call's backward will return 0, as a key of LOST_WHEN.
 
-    That is what is known of the module's type, unless `save`, `intercept` or the device changes it.
+    Usually the row of the module's type says it; `save`, an `intercept` around the call and the device can change it.
     """
     forward = type(module).forward
     save = intercepted_save()
@@ -93,7 +93,7 @@ def lost_when(layer: Layer, module: torch.nn.Module, x: Tensor) -> str:
 
 
 def activated(module: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """The part of a module's input that its derivative is of, as (outer, units, inner); of a GLU, the gate.
+    """Select the x that the activation is applied to, as (outer, units, inner): the whole input, or the gate of a GLU.
 
     A unit is a feature of the last dimension, or a channel (dimension 1) of an input with four dimensions or more.
     None where there is nothing to count: an empty input, or one that the module is about to refuse.
@@ -108,7 +108,7 @@ def activated(module: torch.nn.Module, x: Tensor) -> Tensor | None:
 
 
 def units_in_the_middle(x: Tensor, dim: int | None = None) -> Tensor:
-    """x as (outer, units, inner), with the units along `dim` where that is given."""
+    """Reshape x to (outer, units, inner), with the units along `dim` where that is given."""
     if dim is not None:
         dim %= x.ndim
         return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))

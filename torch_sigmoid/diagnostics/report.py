@@ -77,7 +77,7 @@ def _cell(key: str, layer: dict) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-# What stands in for signs that a terminal, such as a Windows console, cannot print.
+# Replacements for signs that a terminal, such as a Windows console, cannot print.
 _PLAIN = str.maketrans({"‖": "|", "–": "-", "·": "*", "±": "+-"})
 
 

@@ -77,7 +77,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-# The scaled inputs for which a backward returns 0 although f' is a normal number.
+# By the value that has rounded: for which scaled inputs a backward returns 0. `bounds` keeps those whose f' is a normal number.
 LOST_WHEN: dict[str, Callable[[Tensor], Tensor]] = {
     "never": lambda x: torch.zeros_like(x, dtype=torch.bool),
     "sigmoid rounds to 1": lambda x: torch.sigmoid(x) == 1,
@@ -183,7 +183,7 @@ def add_activation(
         x: (outer, units, inner).
         limits: the `bounds` of this kind, scale and dtype.
         totals: ACTIVATION_COLUMNS, one number each.
-        alive: memory of the kernel's, one number a unit; zeros before and after.
+        alive: scratch memory for the kernel, one number a unit; zeros before and after.
         streak: for how many calls each unit has been saturated throughout; 0 again where one x of it is not.
     """
     if ops.launchable(x, limits, totals):

@@ -1,4 +1,4 @@
-"""What a watch keeps of every layer, on each device, and the numbers that follow from it.
+"""Keeps the totals of every layer on each device, merges those of steps and devices, and derives the reported numbers.
 
 A layer and step take 11 numbers (_INPUT, ENTERING, LEAVING), in fp64, on the device of the tensors they come from: sums and one
 minimum, so the totals of two steps merge into those of both. Nothing waits for the device until somebody asks for them.
@@ -21,7 +21,7 @@ _INPUT = slice(0, _N_INPUT)
 ENTERING = slice(_N_INPUT, _N_INPUT + _N_SQUARES)
 LEAVING = slice(_N_INPUT + _N_SQUARES, _N_INPUT + 2 * _N_SQUARES)
 _N_COLUMNS = LEAVING.stop
-# Of a gradient, the step at hand counts elements; a recorded row counts the steps in which there was one.
+# In the step at hand these columns count a gradient's elements; in a recorded row, the steps in which there was a gradient.
 _SEEN = [columns.start + statistics.SQUARES_COLUMNS.index("elements") for columns in (ENTERING, LEAVING)]
 # A layer called with inputs of many sizes keeps the streaks of the last few.
 _SIZES_KEPT = 4
@@ -66,7 +66,7 @@ class _OnDevice:
         self.recorded = self.empty.repeat(capacity, 1, 1)
 
     def step_at_hand(self) -> Tensor:
-        """As `record` adds it to a row."""
+        """The totals of this step in the form of a recorded row."""
         totals = self.current.clone()
         totals[:, _SEEN] = (totals[:, _SEEN] > 0).to(totals.dtype)
         return totals
@@ -180,7 +180,7 @@ class Totals:
         return self._devices[device].current
 
     def _units_of(self, layer: int, x: Tensor) -> _Units:
-        """Also moves this size to the end of those kept, of which the first is dropped."""
+        """The units of x's size. Of the sizes kept, this becomes the most recent; a new one replaces the oldest."""
         of_sizes = self.units.setdefault((layer, x.device), {})
         n_units = x.shape[1]
         units = of_sizes.pop(n_units, None) or _Units(n_units, x.device)
@@ -210,7 +210,7 @@ def derived(totals: Tensor) -> dict[str, float | None]:
 def between(layers: list[dict]) -> list[float | None]:
     """For each layer, "entering" of the one before it that has a gradient, over its own "leaving"; None where one is missing.
 
-    It is what lies between the two that multiplies the gradient by this, if one leads to the other.
+    If one feeds the other, the modules between the two multiply the gradient by this ratio.
     """
     ratios, before = [], None
     for layer in layers:
