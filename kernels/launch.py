@@ -99,7 +99,11 @@ def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1) -> Wal
         return None
     transposed = len(sizes) > 1 and any(row == 1 and column > 1 for row, column in zip(*steps[-2:]))
     n_rows = sizes[-2] if len(sizes) > 1 else 1
-    tile = tile_shape(n_rows * (sizes[0] if len(sizes) > 2 else 1), sizes[-1], transposed) if n_rows > 1 else tile_shape(1, sizes[-1])
+    tile = (
+        tile_shape(n_rows * (sizes[0] if len(sizes) > 2 else 1), sizes[-1], transposed)
+        if n_rows > 1
+        else tile_shape(1, sizes[-1])
+    )
     missing = (None,) * (3 - len(sizes))
     of_each = tuple((*missing, *(stride or None for stride in own)) for own in zip(*steps))
     return Walk((*missing, *sizes), of_each, *tile, needs_int64(shape, strides))

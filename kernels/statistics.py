@@ -9,6 +9,8 @@ fp32 is not. Sums are fp64, since the square of a vanishing gradient is no fp32 
 and one more kernel adds them up in a fixed order: no atomics, so the same tensor gives the same bits.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -65,8 +67,12 @@ def activation_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
     KIND: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """`strides` are those of x and of `alive`, which does not move where x has more elements than units."""
+    """f'(x) is the KIND's derivative at SCALE·x.
+
+    `strides` are those of x and of `alive`, which does not move where x has more elements than units.
+    """
     x_ptr, bounds_ptr = inputs
     partials_ptr, alive_ptr = outputs
     zero = tl.full((), 0.0, tl.float64)
@@ -82,7 +88,8 @@ def activation_kernel(
             if present:
                 mask = part[5]
                 x = load(x_ptr, strides[0], part)
-                slope = tl.abs(derivative(x, KIND)).to(tl.float64)
+                scaled = x if SCALE == 1.0 else maths.constant(SCALE, x) * x
+                slope = tl.abs(derivative(scaled, KIND)).to(tl.float64)
                 saturated = within(x, bounds_ptr) & mask
                 n += count(mask)
                 n_saturated += count(saturated)
@@ -189,7 +196,11 @@ def _arrange_fold(inputs, outputs):
     return 1, (len(inputs[0]),)
 
 
-_activation = {kind: Launcher(activation_kernel, index, arrange=_arrange_activation) for index, kind in enumerate(DERIVATIVES)}
+@lru_cache(maxsize=64)
+def _activation(kind, scale):
+    return Launcher(activation_kernel, DERIVATIVES.index(kind), scale, arrange=_arrange_activation)
+
+
 _squares = Launcher(squares_kernel, arrange=_arrange_squares)
 _fold_activation = Launcher(add_to_totals_kernel, ACTIVATION_COLUMNS.value - 1, True, FOLD_BLOCK, arrange=_arrange_fold)
 _fold_squares = Launcher(add_to_totals_kernel, SQUARES_COLUMNS.value, False, FOLD_BLOCK, arrange=_arrange_fold)
@@ -200,14 +211,14 @@ def _partials(x, walk, columns):
     return torch.empty(programs_for(walk.tiles), columns.value, dtype=torch.float64, device=x.device)
 
 
-def add_activation(x, kind, bounds, totals, alive, streak):
+def add_activation(x, kind, bounds, totals, alive, streak, scale=1.0):
     """Add what an activation's input tells to `totals`, and a batch to the `streak` of each unit that saturated throughout.
 
-    `x` is (outer, units, inner); `bounds` are its BOUNDS in the dtype of the arithmetic; `totals` are ACTIVATION_COLUMNS
-    fp64 numbers; `alive` (zeros) and `streak` are fp32, one a unit.
+    `x` is (outer, units, inner), and f'(x) the derivative of `kind` at scale·x; `bounds` are its BOUNDS in the dtype of the
+    arithmetic; `totals` are ACTIVATION_COLUMNS fp64 numbers; `alive` (zeros) and `streak` are fp32, one a unit.
     """
     partials = _partials(x, _activation_walk(x), ACTIVATION_COLUMNS)
-    _activation[kind]((x, bounds), (partials, alive))
+    _activation(kind, scale)((x, bounds), (partials, alive))
     _fold_activation((partials,), (totals,))
     _streak((alive, streak), (alive, streak))
 

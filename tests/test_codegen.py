@@ -181,7 +181,8 @@ def statistics_launches(dtype):
     arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
     bounds, alive = meta(8, dtype=arithmetic), meta(1024, dtype=torch.float32)
     features, channels = meta(4096, 1024, 1, dtype=dtype), meta(64, 1024, 256, dtype=dtype)
-    for kind, launcher in statistics._activation.items():
+    for kind, scale in (*((kind, 1.0) for kind in statistics.DERIVATIVES), ("silu", 1.702)):
+        launcher = statistics._activation(kind, scale)
         yield f"{kind} of features", launcher, (features, bounds), (meta(4096, 5), alive)
         yield f"{kind} of channels", launcher, (channels, bounds), (meta(16384, 5), alive)
     yield "squares", statistics._squares, (meta(1 << 20, dtype=dtype),), (meta(1024, 2),)

@@ -57,20 +57,25 @@ CONCERNED = {
     ),
     "kernels/siglip.py": ("ptx siglip", "device codegen"),
     "kernels/sigmoid.py": ("ptx forward backward layouts", "device codegen launch", "ptx autograd"),
-    "kernels/statistics.py": ("ptx diagnostics",),
+    "kernels/statistics.py": ("ptx watch_statistics",),
     "torch_sigmoid/__init__.py": ("device package modules",),
     "torch_sigmoid/__main__.py": ("device package",),
-    "torch_sigmoid/_report.py": ("device diagnostics",),
     "torch_sigmoid/autograd.py": ("device autograd modules backward tracing", "ptx autograd backward"),
     "torch_sigmoid/checks.py": ("device errors losses gates siglip tensors", "ptx losses"),
-    "torch_sigmoid/diagnostics.py": ("device diagnostics", "ptx diagnostics"),
+    "torch_sigmoid/diagnostics/__init__.py": ("device package",),
+    "torch_sigmoid/diagnostics/advice.py": ("device watch_report",),
+    "torch_sigmoid/diagnostics/gradients.py": ("device watch watch_steps",),
+    "torch_sigmoid/diagnostics/layers.py": ("device watch watch_statistics", "ptx watch_statistics"),
+    "torch_sigmoid/diagnostics/report.py": ("device watch_report",),
+    "torch_sigmoid/diagnostics/statistics.py": ("device watch_statistics", "ptx watch_statistics"),
+    "torch_sigmoid/diagnostics/totals.py": ("device watch_steps watch_statistics", "ptx watch_statistics"),
+    "torch_sigmoid/diagnostics/watch.py": ("device watch watch_steps watch_report",),
     "torch_sigmoid/functional.py": ("device tensors errors tracing modules gates losses", "ptx tensors autograd"),
     "torch_sigmoid/gates.py": ("device gates", "ptx gates"),
     "torch_sigmoid/losses.py": ("device losses", "ptx losses"),
     "torch_sigmoid/nn.py": ("device modules errors gates losses siglip", "ptx modules"),
     "torch_sigmoid/ops.py": ("device backward launch tensors tracing", "ptx backward autograd", "interpreter modules tensors"),
     "torch_sigmoid/siglip.py": ("device siglip", "ptx siglip"),
-    "torch_sigmoid/statistics.py": ("device diagnostics", "ptx diagnostics"),
     "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
 }
 # Shifts and bitwise operations, which floats do not have.
@@ -90,9 +95,8 @@ class Mutant(NamedTuple):
 
 
 def sources() -> list[str]:
-    return sorted(
-        f"{folder}/{path.name}" for folder in ("kernels", "torch_sigmoid") for path in (record.ROOT / folder).glob("*.py")
-    )
+    folders = (record.ROOT / name for name in ("kernels", "torch_sigmoid"))
+    return sorted(path.relative_to(record.ROOT).as_posix() for folder in folders for path in folder.rglob("*.py"))
 
 
 def rank(*words) -> str:
