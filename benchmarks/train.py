@@ -183,7 +183,7 @@ def failures_of(compared, interpret) -> list[str]:
 def main(argv=None) -> int:
     arguments = parse(argv)
     if arguments.interpret:
-        if not torch_sigmoid.functional.ops.kernels.INTERPRETED:
+        if not torch_sigmoid.kernels.INTERPRETED:
             # Triton decides when the kernels are imported, which has happened.
             command = [sys.executable, "-m", "benchmarks.train", *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode

@@ -1,35 +1,38 @@
 """Triton kernels and their launchers: tensors in, tensors out. Nothing here knows autograd or imports from above.
 
-Importable everywhere. Where Triton cannot be used, `UNAVAILABLE` says why and the launchers are absent.
+Importable everywhere, and at no cost: Triton is imported when the first attribute below is asked for.
+
+    UNAVAILABLE    why Triton cannot be used; None where it can
+    INTERPRETED    whether TRITON_INTERPRET=1 runs the kernels on the CPU
+    sigmoid, gates, losses, siglip, statistics    the launchers of each family
 """
 
-try:
-    import triton
+import importlib
+from typing import Any
 
-    # Before 3.6 a correctly rounded quotient is flushed to 0 where it is subnormal; before 3.3 kernels take no tuples.
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        raise ImportError(f"version {triton.__version__} is older than 3.6")
+FAMILIES = ("sigmoid", "gates", "losses", "siglip", "statistics")
 
-    from . import gates, losses, siglip
-    from .maths import INTERPRETED
-    from .sigmoid import sigmoid_backward, sigmoid_double_backward, sigmoid_forward
-    from .statistics import add_activation, add_squares
-except Exception as error:  # missing, too old, or failing while it is imported
-    UNAVAILABLE = f"Triton cannot be used ({type(error).__name__}: {error})"
-    INTERPRETED = False
-else:
-    UNAVAILABLE = None
-    INTERPRETED = bool(INTERPRETED.value)
 
-__all__ = [
-    "INTERPRETED",
-    "UNAVAILABLE",
-    "add_activation",
-    "add_squares",
-    "gates",
-    "losses",
-    "siglip",
-    "sigmoid_backward",
-    "sigmoid_double_backward",
-    "sigmoid_forward",
-]
+def __getattr__(name: str) -> Any:
+    if name not in ("UNAVAILABLE", "INTERPRETED", *FAMILIES):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]
+
+
+def _load() -> None:
+    """Import the families and set the attributes; without Triton there are no families."""
+    found: dict[str, Any] = {"INTERPRETED": False, "UNAVAILABLE": None}
+    try:
+        import triton
+
+        # Before 3.6 a correctly rounded quotient is flushed to 0 where it is subnormal; before 3.3 kernels take no tuples.
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+            raise ImportError(f"version {triton.__version__} is older than 3.6")
+        found |= {family: importlib.import_module(f"{__name__}.{family}") for family in FAMILIES}
+        maths = importlib.import_module(f"{__name__}.maths")
+        found["INTERPRETED"] = bool(maths.INTERPRETED.value)
+    except Exception as error:  # missing, too old, or failing while it is imported
+        found["UNAVAILABLE"] = f"Triton cannot be used ({type(error).__name__}: {error})"
+    for name, value in found.items():
+        globals().setdefault(name, value)

@@ -1,8 +1,8 @@
 """Where blocks, warps, strides, offset width, alignment and devices are decided; no other file on the host knows of them.
 
-A launch walks its tensors, all of one shape, as matrices of rows and columns, each tensor with its own three strides (tiles.py).
-Most launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice, a `chunk`
-half or a broadcast operand makes rows or matrices of it, and what needs a fourth dimension is copied.
+A launch walks its tensors, all of one shape, as matrices of rows and columns, each tensor with its own three strides, see
+tiles.py. Most launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice,
+a `chunk` half or a broadcast operand makes rows or matrices of it, and what needs a fourth dimension is copied.
 """
 
 import contextlib
@@ -93,17 +93,12 @@ def tile_shape(n_rows: int, n_columns: int, transposed: bool = False, narrowed: 
 
 @lru_cache(maxsize=4096)
 def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1) -> Walk | None:
-    """The walk over tensors of one shape and these strides, in the order of the leading one; None where copies must come first."""
+    """The walk over tensors of one shape and these strides, in the leading one's order; None where copies must come first."""
     sizes, steps = coalesce(shape, strides, leading)
     if len(sizes) > 3:
         return None
     transposed = len(sizes) > 1 and any(row == 1 and column > 1 for row, column in zip(*steps[-2:]))
-    n_rows = sizes[-2] if len(sizes) > 1 else 1
-    tile = (
-        tile_shape(n_rows * (sizes[0] if len(sizes) > 2 else 1), sizes[-1], transposed)
-        if n_rows > 1
-        else tile_shape(1, sizes[-1])
-    )
+    tile = tile_shape(math.prod(sizes[:-1]), sizes[-1], transposed)
     missing = (None,) * (3 - len(sizes))
     of_each = tuple((*missing, *(stride or None for stride in own)) for own in zip(*steps))
     return Walk((*missing, *sizes), of_each, *tile, needs_int64(shape, strides))
@@ -141,7 +136,7 @@ def element_by_element(inputs, outputs):
 
 def with_gaps(walk: Walk, inputs) -> Walk:
     """The walk with strides for the inputs that are None, too."""
-    if None not in inputs:
+    if all(tensor is not None for tensor in inputs):
         return walk
     strides = iter(walk.strides)
     of_inputs = tuple((None,) * 3 if tensor is None else next(strides) for tensor in inputs)
@@ -164,8 +159,8 @@ class Launcher:
     The kernel takes the inputs and the outputs, a tuple each, what `arrange(inputs, outputs)` gives beside the number of
     programs, and the constants. An input may be None, but not the first.
 
-    The key of what is kept is what Triton's lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes
-    (sizes, their divisibility and the width of offsets follow from the shape). The first launch of a key goes through
+    The key of what is kept is what Triton's lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16
+    bytes (sizes, their divisibility and the width of offsets follow from the shape). The first launch of a key goes through
     `kernel[grid]`, and so does each that hooks watch, that is meant for another device than the current one, or whose driver
     has changed. With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the
     inputs'.

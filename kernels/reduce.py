@@ -1,9 +1,9 @@
 """The walk that sums: formulas whose results are added up where they are computed, some of them stored on the way.
 
-`total` sums over all elements. Each program adds up its tiles and leaves a partial sum for each term; `fold` adds those up, in one
-program. What a single program can do alone takes one launch.
-`along` sums along one dimension, as the gradient of a broadcast operand is: each program adds up tiles that share the elements of
-that operand. Where several programs share them, or a second dimension is summed up, torch's `sum` adds their partial sums.
+`total` sums over all elements. Each program adds up its tiles and leaves a partial sum for each term; `fold` adds those up, in
+one program. What a single program can do alone takes one launch.
+`along` sums along one dimension, as the gradient of a broadcast operand is: each program adds up tiles that share the elements
+of that operand. Where several programs share them, or a second dimension is summed up, torch's `sum` adds their partial sums.
 
 A formula is that of pointwise.py, returning a tuple: first what is stored, then the terms. Sums are fp32 (fp64 for fp64) and no
 atomics take part, so their order depends on shapes, strides and dtypes only.

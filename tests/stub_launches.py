@@ -19,7 +19,7 @@ from benchmarks.measure import stub
 
 stub.activate()
 
-from torch_sigmoid import kernels, ops
+from torch_sigmoid import kernels
 from torch_sigmoid.kernels import launch
 from torch_sigmoid.kernels import sigmoid as operator
 
@@ -283,14 +283,14 @@ def check_an_output_that_is_copied_when_written_is_copied():
 def check_empty_tensors_launch_nothing():
     before = record.launches
     empty = torch.empty(0, 3)
-    kernels.sigmoid_backward(empty, empty, False)
+    kernels.sigmoid.sigmoid_backward(empty, empty, False)
     assert record.launches == before
 
 
 def check_after_warmup_nothing_is_compiled():
     compiled = []
     torch_sigmoid.warmup("cpu", [torch.float32, torch.bfloat16])
-    below, ops.torch_below = ops.torch_below, 0
+    below = torch_sigmoid.torch_below(0)
     knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
     try:
         for dtype, shape, save in itertools.product(
@@ -303,7 +303,7 @@ def check_after_warmup_nothing_is_compiled():
             )
             torch.autograd.grad(grad, x, torch.empty(shape, dtype=dtype))
         assert not compiled
-        torch_sigmoid.warmup("cpu", [torch.bfloat16], include_gates=True)
+        torch_sigmoid.warmup("cpu", [torch.bfloat16], operators=["gates", "losses"])
         compiled.clear()
         for shape in ((1,), (64,), (3, 1000, 7)):
             x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
@@ -314,7 +314,7 @@ def check_after_warmup_nothing_is_compiled():
         torch_sigmoid.sigmoid(torch.empty(8, 40)[:, :33])
         assert compiled, "a slice compiles when it first comes, so the hook works"
     finally:
-        ops.torch_below = below
+        torch_sigmoid.torch_below(below)
         knobs.runtime.jit_post_compile_hook = None
 
 

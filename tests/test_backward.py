@@ -23,7 +23,7 @@ from reference import (
 )
 
 import torch_sigmoid
-from torch_sigmoid import ops
+from torch_sigmoid import autograd
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 
@@ -42,7 +42,7 @@ def errors_from_output(dtype, device):
     """Errors in ulp of the backward from σ, over every σ of the dtype times several gradients, against exact arithmetic."""
     sigma = finite_unit_interval(dtype).repeat(8)
     grad = random(sigma.shape, dtype, seed=1)
-    actual = ops.sigmoid_backward(grad.to(device), sigma.to(device), "output")
+    actual = autograd.sigmoid_gradient(grad.to(device), sigma.to(device), "output")
     # 11-bit factors: the product of the three is exact in float64 but for σ too small to matter in 1 - σ.
     exact = grad.double() * sigma.double() * (1 - sigma.double())
     return ulp_error(actual, exact)[is_normal(exact, dtype) & readable(sigma, device)]
@@ -70,7 +70,7 @@ def test_through_autograd_too(dtype, device):
 def test_from_the_output_fp32_and_fp64_gradients_are_torchs_bit_for_bit(dtype, device):
     sigma = torch.sigmoid(sample(dtype)).to(device)
     grad = random(sigma.shape, dtype, device, seed=3, scale=100)
-    ours = ops.sigmoid_backward(grad, sigma, "output")
+    ours = autograd.sigmoid_gradient(grad, sigma, "output")
     torchs = torch.ops.aten.sigmoid_backward(grad, sigma)
     assert torch.equal(ours.nan_to_num(7.0), torchs.nan_to_num(7.0))
 
@@ -146,7 +146,7 @@ def test_the_second_derivative(dtype, device, save):
         saved = torch.sigmoid(x)
         wide = saved.double()
         slope, curvature = wide * (1 - wide), 1 - 2 * wide
-    to_grad, to_saved = ops.sigmoid_double_backward(v.to(device), g.to(device), saved.to(device), save)
+    to_grad, to_saved = autograd.sigmoid_second_gradients(v.to(device), g.to(device), saved.to(device), save)
     curvature = v.double() * g.double() * curvature
     # Each is a product of at most five factors in fp32 or fp64, each within 4 ulp, rounded once.
     eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
@@ -167,5 +167,6 @@ def test_the_torch_form_has_the_kernels_values(device):
         pytest.skip("needs a device on which both run with the same exponential")
     x, g = (random((4099,), torch.float32, device, seed) for seed in range(2))
     for save, saved, tolerance in (("output", torch.sigmoid(x), 0), ("input", x, 8 * torch.finfo(torch.float32).eps)):
-        kernel, formula = (backward(g, saved, save) for backward in (ops.sigmoid_backward, ops.sigmoid_backward_formula))
+        kernel = autograd.sigmoid_gradient(g, saved, save)
+        formula = autograd.sigmoid_gradient_formula(g, saved, save)
         torch.testing.assert_close(kernel, formula, rtol=tolerance, atol=0)

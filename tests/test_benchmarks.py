@@ -14,8 +14,9 @@ from benchmarks import __main__ as entry
 from benchmarks.__main__ import PARTS
 from benchmarks.measure import counts, gpu, pairs, record, speed
 from benchmarks.measure import operators as table
-from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators, siglip_loss
+from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators
 from torch_sigmoid import kernels
+from torch_sigmoid.operators import siglip_loss
 
 CPU = torch.device("cpu")
 DTYPES = [dtype for dtype in TOLERANCE if dtype is not torch.float64]

@@ -8,7 +8,7 @@ import torch
 from reference import random
 
 import torch_sigmoid
-from torch_sigmoid import ops
+from torch_sigmoid import autograd
 
 resource = pytest.importorskip("resource")
 
@@ -49,10 +49,10 @@ def test_more_than_two_to_the_31_elements(layout, device, kernels):
     kernels.ptx.only = lambda n_programs: [0, 1, 2, *range(n_programs - 4, n_programs)]
     try:
         sigma = torch_sigmoid.sigmoid(x)
-        grad = ops.sigmoid_backward(x, x, "input")
+        grad = autograd.sigmoid_gradient(x, x, "input")
     finally:
         kernels.ptx.only = None
-    for result, function in ((sigma, torch.sigmoid), (grad, lambda x: ops.sigmoid_backward_formula(x, x, "input"))):
+    for result, function in ((sigma, torch.sigmoid), (grad, lambda x: autograd.sigmoid_gradient_formula(x, x, "input"))):
         for ours, end in zip(ends_of(result), (head, tail)):
             torch.testing.assert_close(ours, function(end))
     assert resident_bytes() - before < 2**30

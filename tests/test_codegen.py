@@ -10,7 +10,7 @@ import torch
 import torch_sigmoid
 
 triton = pytest.importorskip("triton")
-if torch_sigmoid.functional.ops.kernels.UNAVAILABLE or torch_sigmoid.functional.ops.kernels.INTERPRETED:
+if torch_sigmoid.kernels.UNAVAILABLE or torch_sigmoid.kernels.INTERPRETED:
     pytest.skip("compiles; the interpreter does not", allow_module_level=True)
 
 from ptx import parse

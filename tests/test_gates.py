@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_sigmoid as ts
 from benchmarks.measure import counts
 from benchmarks.measure.operators import operators
-from torch_sigmoid import ops
+from torch_sigmoid import kernels
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
-INTERPRETED = ops.kernels.INTERPRETED
+INTERPRETED = kernels.INTERPRETED
 BENCHMARKED = operators()
 
 
@@ -61,9 +61,17 @@ CASES = {
     "sigmoid_gate-scalar": (ts.sigmoid_gate, gated, [(5, 6), ()]),
     "swiglu": (ts.swiglu, lambda gate, up: F.silu(gate) * up, [(5, 6), (5, 6)]),
     "swiglu-broadcast": (ts.swiglu, lambda gate, up: F.silu(gate) * up, [(5, 6), (6,)]),
-    "swiglu-packed": (lambda x: ts.swiglu(x, 0), halves(lambda gate, up: F.silu(gate) * up, 0), [(6, 5)]),
-    "swiglu-clamped": (lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=2.0), clamped_swiglu, [(5, 6), (5, 6)]),
-    "swiglu-clamped-packed": (lambda x: ts.swiglu(x, alpha=1.702, limit=2.0), halves(clamped_swiglu, -1), [(5, 6)]),
+    "swiglu-packed": (lambda x: ts.swiglu_packed(x, 0), halves(lambda gate, up: F.silu(gate) * up, 0), [(6, 5)]),
+    "swiglu-clamped": (
+        lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=2.0, up_offset=1.0),
+        clamped_swiglu,
+        [(5, 6), (5, 6)],
+    ),
+    "swiglu-clamped-packed": (
+        lambda x: ts.swiglu_packed(x, alpha=1.702, limit=2.0, up_offset=1.0),
+        halves(clamped_swiglu, -1),
+        [(5, 6)],
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -224,7 +232,7 @@ def test_infinities_and_nan(dtype, device):
         value_and_gradients(ts.sigmoid_gate, [ones, x]), ([0.0, 1.0, nan], [0.0, 1.0, nan], [0.0, 0.0, nan])
     ):
         torch.testing.assert_close(actual, torch.tensor(numbers, dtype=dtype, device=device), equal_nan=True)
-    value, to_gate, to_up = value_and_gradients(lambda gate, up: ts.swiglu(gate, up, limit=7.0), [x, ones])
+    value, to_gate, to_up = value_and_gradients(lambda gate, up: ts.swiglu(gate, up, limit=7.0, up_offset=1.0), [x, ones])
     assert value.isnan().tolist() == to_up.isnan().tolist() == [False, False, True]
     assert to_gate[:2].tolist() == [0.0, 0.0]
 
@@ -244,7 +252,7 @@ def test_exactly_at_the_limit_gradients_pass_as_through_torchs_clamp(dtype, devi
         v = [torch.full_like(grad, 0.75) for grad in grads]
         return *grads, *torch.autograd.grad(grads, (upstream, *tensors), v)
 
-    actual = derivatives(lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=limit), (gate, up))
+    actual = derivatives(lambda gate, up: ts.swiglu(gate, up, alpha=1.702, limit=limit, up_offset=1.0), (gate, up))
     expected = derivatives(clamped_swiglu, (gate.double(), up.double()))
     for one, other in zip(actual, expected):
         assert_near(one, other, dtype)
@@ -402,7 +410,7 @@ def test_halves_along_any_dimension(dim, memory_format, dtype, device):
     for upstream in (random(shape, dtype, device, seed=1), random(shape[::-1], dtype, device, seed=1).permute(3, 2, 1, 0)):
         for ours, theirs in (
             (ts.glu, lambda x, dim: F.glu(x, dim)),
-            (ts.swiglu, lambda x, dim: F.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1]),
+            (ts.swiglu_packed, lambda x, dim: F.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1]),
         ):
             value, grad = value_and_gradients(lambda x: ours(x, dim), [packed], upstream)  # noqa: B023
             true = value_and_gradients(lambda x: theirs(x, dim), [packed.double()], upstream.double())  # noqa: B023
@@ -514,13 +522,17 @@ def test_operands_of_other_memory_formats_than_each_other(device):
         torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("constants", [{"alpha": 1.702}, {"limit": 2.0}], ids=lambda constants: next(iter(constants)))
-def test_either_constant_alone_makes_the_clamped_form(constants, device):
+@pytest.mark.parametrize(
+    "constants", [{"alpha": 1.702}, {"limit": 2.0}, {"up_offset": 0.7}], ids=lambda constants: next(iter(constants))
+)
+def test_each_constant_alone_does_what_its_name_says(constants, device):
     gate, up = random((5, 6), torch.float64, device), random((5, 6), torch.float64, device, seed=1)
     alpha, limit = constants.get("alpha", 1.0), constants.get("limit", math.inf)
     close = gate.clamp(max=limit)
-    expected = close * torch.sigmoid(alpha * close) * (up.clamp(-limit, limit) + 1)
+    expected = close * torch.sigmoid(alpha * close) * (up.clamp(-limit, limit) + constants.get("up_offset", 0.0))
     torch.testing.assert_close(ts.swiglu(gate, up, **constants), expected)
+    packed = torch.cat([gate, up], -1)
+    torch.testing.assert_close(ts.swiglu_packed(packed, **constants), expected)
 
 
 @pytest.mark.ways("interpreter")
@@ -725,8 +737,8 @@ BAD = {
     "an odd dim": (lambda: ts.glu(torch.ones(2, 3)), RuntimeError, r"must be even, got 3 in dim -1 of shape \(2, 3\)"),
     "no dim": (lambda: ts.glu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "dim out of range": (lambda: ts.glu(torch.ones(2, 4), 2), IndexError, "out of range"),
-    "an odd packed tensor": (lambda: ts.swiglu(torch.ones(2, 3)), RuntimeError, "must be even, got 3"),
-    "a packed tensor of no dim": (lambda: ts.swiglu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
+    "an odd packed tensor": (lambda: ts.swiglu_packed(torch.ones(2, 3)), RuntimeError, "must be even, got 3"),
+    "a packed tensor of no dim": (lambda: ts.swiglu_packed(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "halves of unequal size": (lambda: ts.swiglu(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"\(2, 3\) and \(2, 4\)"),
     "a gate that does not broadcast": (
         lambda: ts.sigmoid_gate(torch.ones(2, 3), torch.ones(2)),
@@ -740,8 +752,19 @@ BAD = {
         "input on cpu and gate on meta",
     ),
     "a gate that is no tensor": (lambda: ts.sigmoid_gate(torch.ones(3), 1.0), TypeError, "gate must be a torch.Tensor"),
-    "a negative limit": (lambda: ts.swiglu(torch.ones(4), limit=-1.0), ValueError, "limit must not be negative, got -1.0"),
-    "alpha 0": (lambda: ts.swiglu(torch.ones(4), alpha=0.0), ValueError, "alpha must be positive and finite, got 0.0"),
+    "a negative limit": (
+        lambda: ts.swiglu_packed(torch.ones(4), limit=-1.0),
+        ValueError,
+        "limit must not be negative, got -1.0",
+    ),
+    "an up_offset that is infinite": (
+        lambda: ts.swiglu_packed(torch.ones(4), up_offset=math.inf),
+        ValueError,
+        "up_offset must be finite, got inf",
+    ),
+    "alpha None": (lambda: ts.swiglu_packed(torch.ones(4), alpha=None), TypeError, "alpha must be a number, got NoneType"),
+    "a dim beside two tensors": (lambda: ts.swiglu(torch.ones(4), torch.ones(4), 0), TypeError, "positional arguments"),
+    "alpha 0": (lambda: ts.swiglu_packed(torch.ones(4), alpha=0.0), ValueError, "alpha must be positive and finite, got 0.0"),
 }
 
 
@@ -808,12 +831,13 @@ def test_intercept_takes_functions_and_modules(name, device):
 def test_the_modules_of_two_tensors(device):
     x, gate = random((4, 6), torch.float32, device), random((4, 1), torch.float32, device, seed=1)
     assert torch.equal(ts.SigmoidGate()(x, gate), ts.sigmoid_gate(x, gate))
-    assert torch.equal(ts.SwiGLU()(x), ts.swiglu(x))
-    assert torch.equal(ts.SwiGLU(0)(x), ts.swiglu(x, 0))
-    clamped = ts.SwiGLU(alpha=1.702, limit=7.0)
-    assert torch.equal(clamped(x, x), ts.swiglu(x, x, alpha=1.702, limit=7.0))
-    assert repr(clamped) == "SwiGLU(dim=-1, alpha=1.702, limit=7.0)"
-    assert repr(ts.SwiGLU()) == "SwiGLU(dim=-1)"
+    assert torch.equal(ts.SwiGLUPacked()(x), ts.swiglu_packed(x))
+    assert torch.equal(ts.SwiGLUPacked(0)(x), ts.swiglu_packed(x, 0))
+    clamped = ts.SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
+    assert torch.equal(clamped(x, x), ts.swiglu(x, x, alpha=1.702, limit=7.0, up_offset=1.0))
+    assert repr(clamped) == "SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)"
+    assert repr(ts.SwiGLU()) == "SwiGLU()"
+    assert repr(ts.SwiGLUPacked(1)) == "SwiGLUPacked(dim=1)"
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKED if name != "sigmoid"])

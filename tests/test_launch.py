@@ -13,7 +13,7 @@ from reference import random, runs_kernels
 
 import torch_sigmoid
 from benchmarks.measure import stub
-from torch_sigmoid import ops
+from torch_sigmoid import autograd, dispatch, kernels
 
 SCRIPT = pathlib.Path(__file__).with_name("stub_launches.py")
 CHECKS = [line[4:-3] for line in SCRIPT.read_text().splitlines() if line.startswith("def check_")]
@@ -32,7 +32,7 @@ def failures():
     return json.loads(completed.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(ops.kernels.INTERPRETED, reason="compiles; the interpreter does not")
+@pytest.mark.skipif(kernels.INTERPRETED, reason="compiles; the interpreter does not")
 @pytest.mark.parametrize("check", CHECKS)
 def test_kept_launches(check):
     assert failures()[check] is None, failures()[check]
@@ -40,10 +40,10 @@ def test_kept_launches(check):
 
 @pytest.fixture
 def below(kernels):
-    """`ops.torch_below`, restored."""
-    before = ops.torch_below
-    yield lambda n: setattr(ops, "torch_below", n)
-    ops.torch_below = before
+    """`torch_below`, restored."""
+    before = torch_sigmoid.torch_below()
+    yield torch_sigmoid.torch_below
+    torch_sigmoid.torch_below(before)
     if kernels.ptx:
         kernels.ptx.only = None
 
@@ -77,7 +77,7 @@ def test_the_shipped_threshold(device, below, kernels):
     """Below it no kernel runs, from it on each one does, and derivatives of every order and mode agree across it."""
     if not runs_kernels(device):
         pytest.skip("states what a device with kernels does")
-    shipped = ops.TORCH_BELOW_ON_NVIDIA
+    shipped = dispatch.TORCH_BELOW_ON_NVIDIA
 
     def derivatives(x):
         x = x.detach().requires_grad_()
@@ -114,12 +114,12 @@ def test_the_derivatives_from_the_output_are_torchs_bit_for_bit(dtype, device):
     sigma = torch.sigmoid(random((4099,), dtype, device))
     grad, outer = random((4099,), dtype, device, seed=1), random((4099,), dtype, device, seed=2)
     expected = torch.ops.aten.sigmoid_backward(grad, sigma)
-    assert torch.equal(ops.sigmoid_backward(grad, sigma, "output"), expected)
+    assert torch.equal(autograd.sigmoid_gradient(grad, sigma, "output"), expected)
 
     grad.requires_grad_()
     sigma.requires_grad_()
     expected = torch.autograd.grad(torch.ops.aten.sigmoid_backward(grad, sigma), (grad, sigma), outer)
-    actual = ops.sigmoid_double_backward(outer, grad.detach(), sigma.detach(), "output")
+    actual = autograd.sigmoid_second_gradients(outer, grad.detach(), sigma.detach(), "output")
     for ours, theirs in zip(actual, expected):
         assert torch.equal(ours, theirs)
 
@@ -131,7 +131,7 @@ def test_warmup_refuses_what_has_no_kernels(device):
     assert torch_sigmoid.warmup(dtypes=[]) is None
 
 
-@pytest.mark.skipif(bool(ops.kernels.UNAVAILABLE), reason="without Triton there are no launchers")
+@pytest.mark.skipif(bool(kernels.UNAVAILABLE), reason="without Triton there are no launchers")
 def test_no_cache_of_the_kernels_grows_without_bound():
     """Each alpha and limit of a gate, and each shape, is an entry."""
     modules = [module for name, module in sys.modules.items() if name.startswith("torch_sigmoid.kernels.")]
@@ -143,18 +143,18 @@ def test_no_cache_of_the_kernels_grows_without_bound():
 def test_a_gate_whose_launchers_were_dropped_computes_as_before(device):
     x = random((33,), torch.float32, device)
     before = torch_sigmoid.swiglu(x, x, alpha=1.5)
-    if not ops.kernels.UNAVAILABLE:
-        ops.kernels.gates._gate_launchers.cache_clear()
+    if not kernels.UNAVAILABLE:
+        kernels.gates._gate_launchers.cache_clear()
     assert torch.equal(torch_sigmoid.swiglu(x, x, alpha=1.5), before)
 
 
 @pytest.fixture
 def refusal(monkeypatch):
-    """`ops.kernels_refusal` of an installation with Triton, without its interpreter."""
-    monkeypatch.setattr(ops.kernels, "UNAVAILABLE", None)
-    monkeypatch.setattr(ops.kernels, "INTERPRETED", False)
+    """`dispatch.kernels_refusal` of an installation with Triton, without its interpreter."""
+    monkeypatch.setattr(kernels, "UNAVAILABLE", None)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", None)
-    return lambda device: ops.kernels_refusal.__wrapped__(torch.device(device))
+    return lambda device: dispatch.kernels_refusal.__wrapped__(torch.device(device))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
@@ -176,7 +176,7 @@ def test_kernels_run_on_nvidia_from_turing_on_and_on_every_amd_and_intel_gpu(ref
 
 
 def test_the_interpreter_takes_tensors_of_every_device_that_kernels_have(refusal, monkeypatch):
-    monkeypatch.setattr(ops.kernels, "INTERPRETED", True)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert [refusal(kind) for kind in ("cpu", "cuda", "xpu")] == [None] * 3
     assert refusal("mps") == "Triton has no kernels for device type 'mps'"
 

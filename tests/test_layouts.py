@@ -9,7 +9,7 @@ import torch
 from reference import FLOATS, LAYOUTS, SIXTEEN_BIT, assert_near, gradient, random, runs_kernels
 
 import torch_sigmoid
-from torch_sigmoid import ops
+from torch_sigmoid import autograd
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 
@@ -40,7 +40,7 @@ def test_every_layout_forward_and_backward(layout, dtype, device, save):
     }
     saved = y if save == "output" else x
     for name, grad in upstreams.items():
-        result = ops.sigmoid_backward(grad, saved, save)
+        result = autograd.sigmoid_gradient(grad, saved, save)
         wide = saved.double()
         slope = wide * (1 - wide) if save == "output" else torch.sigmoid(wide) * torch.sigmoid(-wide)
         assert_near(result, grad.double() * slope, dtype)
@@ -56,8 +56,8 @@ def test_every_layout_in_the_double_backward(layout, device, save):
     saved = torch.sigmoid(x) if save == "output" else x
     v, grad = random(x.shape, torch.float32, device, 1), random(x.shape, torch.float32, device, 2)
     for outer in (v, v[:1].expand(x.shape) if x.dim() and x.numel() else v):
-        actual = ops.sigmoid_double_backward(outer, grad, saved, save)
-        exact = ops.sigmoid_double_backward(outer.cpu().double(), grad.cpu().double(), saved.cpu().double(), save)
+        actual = autograd.sigmoid_second_gradients(outer, grad, saved, save)
+        exact = autograd.sigmoid_second_gradients(outer.cpu().double(), grad.cpu().double(), saved.cpu().double(), save)
         for ours, true in zip(actual, exact):
             torch.testing.assert_close(ours.cpu().double(), true, rtol=1e-5, atol=1e-6)
 
@@ -93,7 +93,7 @@ def test_every_alignment_of_every_operand(dtype, device):
         x, grad = storage[offset : offset + n], upstream[offset // 2 : offset // 2 + n]
         assert_near(torch_sigmoid.sigmoid(x), whole[offset : offset + n], dtype)
         slope = torch.sigmoid(x.double()) * torch.sigmoid(-x.double())
-        assert_near(ops.sigmoid_backward(grad, x, "input"), grad.double() * slope, dtype)
+        assert_near(autograd.sigmoid_gradient(grad, x, "input"), grad.double() * slope, dtype)
 
 
 def test_lazily_negated_tensors_are_read_with_their_sign(device, save):
@@ -153,7 +153,7 @@ def test_elements_more_than_two_to_the_31_apart(shape, strides, device):
     x.copy_(random(shape, torch.float16))
     torch.testing.assert_close(torch_sigmoid.sigmoid(x), torch.sigmoid(x))
     grad = random(shape, torch.float16, device, seed=1)
-    torch.testing.assert_close(ops.sigmoid_backward(grad, x, "input"), ops.sigmoid_backward_formula(grad, x, "input"))
+    torch.testing.assert_close(autograd.sigmoid_gradient(grad, x, "input"), autograd.sigmoid_gradient_formula(grad, x, "input"))
 
 
 @pytest.mark.parametrize("n_columns", [1, 2, 3, 15, 16, 17, 33, 100, 127, 500, 1000, 1024, 1025, 5000])

@@ -24,8 +24,8 @@ from reference import (
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
-from benchmarks.measure.operators import focal_loss as plain_focal
 from torch_sigmoid import losses
+from torch_sigmoid.operators import focal_loss as plain_focal
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 REDUCTIONS = ["none", "mean", "sum"]

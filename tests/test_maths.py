@@ -67,7 +67,7 @@ def test_the_division_of_the_fp32_gradient_is_corrected_to_an_ulp(error):
 
 
 def test_the_instructions_are_those_emulated_here():
-    kernels = torch_sigmoid.functional.ops.kernels
+    kernels = torch_sigmoid.kernels
     if kernels.UNAVAILABLE or kernels.INTERPRETED:
         pytest.skip("compiles; the interpreter does not")
     from benchmarks.measure.code import compile_operator, targets

@@ -20,7 +20,7 @@ from ptx.instructions import check
 from ptx.memory import NOBODY, Clock, Operand
 
 import torch_sigmoid as ts
-from torch_sigmoid import ops
+from torch_sigmoid import autograd, kernels
 from torch_sigmoid.losses import Loss
 
 # --- arithmetic against exact rationals -----------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def ptx(kernels):
 
 
 def forward():
-    return ops.sigmoid_forward(torch.randn(1103))
+    return autograd.sigmoid_value(torch.randn(1103))
 
 
 def losses_summed():
@@ -328,7 +328,7 @@ def test_a_launch_is_counted(stride, ptx):
     """2,048 fp32 numbers, side by side or each in a sector of its own, read once and written densely."""
     n = 2048
     ptx.reports = []
-    ops.sigmoid_forward(torch.randn(n * stride)[::stride])
+    autograd.sigmoid_value(torch.randn(n * stride)[::stride])
     (report,) = ptx.reports
     assert report.requested == report.ideal == {"load": 4 * n, "store": 4 * n}
     assert report.fetched == report.sectors == {"load": 32 * n if stride == 8 else 4 * n, "store": 4 * n}
@@ -491,12 +491,12 @@ def strided(n):
 FAULTS_IN_KERNELS = {
     "a mask one too wide": (
         ("launch.py", "mask = columns < end", "mask = columns <= end"),
-        lambda kernels: kernels.sigmoid_forward(torch.randn(1031)),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(torch.randn(1031)),
         r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x_ptr",
     ),
     "the tail missing": (
         ("sigmoid.py", "tl.static_range(2)", "tl.static_range(1)"),
-        lambda kernels: kernels.sigmoid_forward(torch.randn(1031)),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(torch.randn(1031)),
         r"sigmoid_forward_kernel: no thread of any program has written sigma_ptr\[1024\]",
     ),
     "the stride of the wrong operand": (
@@ -505,7 +505,7 @@ FAULTS_IN_KERNELS = {
             "saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)",
             "saved = load_tile(saved_ptr, saved_row_stride, grad_output_column_stride, tile)",
         ),
-        lambda kernels: kernels.sigmoid_backward(strided(300), torch.randn(300), True),
+        lambda kernels: kernels.sigmoid.sigmoid_backward(strided(300), torch.randn(300), True),
         r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at \d+ bytes past the end of saved_ptr",
     ),
     "a stride left out": (
@@ -514,17 +514,17 @@ FAULTS_IN_KERNELS = {
             "return tl.load(pointer + columns * column_stride, mask=mask)",
             "return tl.load(pointer + columns, mask=mask)",
         ),
-        lambda kernels: kernels.sigmoid_forward(strided(300)),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(strided(300)),
         r"ld\.global.*thread \d+ of program 0: reads memory that is no input and that nobody has written: x_ptr\[\d+\]",
     ),
     "offsets of 32 bits": (
         ("launch.py", "return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS", "return False"),
-        lambda kernels: kernels.sigmoid_forward(far_apart()),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(far_apart()),
         r"thread \d+ of program 0: out of bounds: 2 bytes at \d+ bytes before the start of x_ptr",
     ),
     "a compilation kept for other alignments": (
         ("launch.py", "key += tensor.dtype, tensor.stride(), pointer & 15", "key += tensor.dtype, tensor.stride()"),
-        lambda kernels: [kernels.sigmoid_forward(torch.randn(2064)[first : first + 2048]) for first in (0, 1)],
+        lambda kernels: [kernels.sigmoid.sigmoid_forward(torch.randn(2064)[first : first + 2048]) for first in (0, 1)],
         r"ld\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at x_ptr\[0\]",
     ),
     "an output never written": (
@@ -533,7 +533,7 @@ FAULTS_IN_KERNELS = {
             "store_tile(grad_saved_ptr, grad_saved_row_stride, grad_saved_column_stride, tile, grad_saved)",
             "pass",
         ),
-        lambda kernels: kernels.sigmoid_double_backward(*torch.randn(3, 100), True),
+        lambda kernels: kernels.sigmoid.sigmoid_double_backward(*torch.randn(3, 100), True),
         r"sigmoid_double_backward_kernel: no thread of any program has written grad_saved_ptr\[0\]",
     ),
     "sums read before they are written": (
@@ -575,7 +575,7 @@ def gradient_within_its_bound(kernels):
     x = torch.linspace(-80, 80, 20_001)
     wide = x.double().numpy()
     derived = bounds.weighted(bounds.Arithmetic(bounds.EXP_OF_EX2[2]), wide, "sigmoid", 1)
-    error = np.abs(kernels.sigmoid_backward(torch.ones_like(x), x, True).double().numpy() - derived.value)
+    error = np.abs(kernels.sigmoid.sigmoid_backward(torch.ones_like(x), x, True).double().numpy() - derived.value)
     return (error <= bounds.Arithmetic(bounds.EXP_OF_EX2[2]).total_error(derived, wide)).all()
 
 
@@ -642,5 +642,5 @@ def test_a_fault_of_arithmetic_shows_in_values(fault, ptx, tmp_path):
     ptx.model = MODELS["isa-low"]
     changed = changed_kernels(tmp_path, *changes)
     ptx.observe(changed.launch.Launcher)
-    assert is_right(ops.kernels)
+    assert is_right(kernels)
     assert not is_right(changed)

@@ -15,8 +15,8 @@ from reference import random, runs_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
-from benchmarks.measure.operators import siglip_loss as plain
 from torch_sigmoid import siglip
+from torch_sigmoid.operators import siglip_loss as plain
 
 pytestmark = pytest.mark.ways("ptx")
 

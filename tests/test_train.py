@@ -27,9 +27,7 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path):
     assert [failure.partition(": the loss curve")[0] for failure in found] == [f"paired views, {name}" for name in names[1:]]
 
 
-@pytest.mark.skipif(
-    ts.functional.ops.kernels.INTERPRETED, reason="trains on torch's operators, for half a minute through these"
-)
+@pytest.mark.skipif(ts.kernels.INTERPRETED, reason="trains on torch's operators, for half a minute through these")
 def test_a_missed_accuracy_and_a_wrong_loss_are_failures(tmp_path, capsys, monkeypatch):
     wrong = {"alpha": 0.2501, "gamma": 2.0, "reduction": "mean"}
     monkeypatch.setitem(imbalanced.LOSSES["focal"], "torch_sigmoid", lambda *pair: ts.sigmoid_focal_loss(*pair, **wrong))

@@ -1,4 +1,7 @@
-"""Sigmoid for PyTorch with the exact gradient, in Triton GPU kernels, with every autograd mode torch has."""
+"""Sigmoid for PyTorch with the exact gradient, in Triton GPU kernels, with every autograd mode torch has.
+
+Importing this package imports neither Triton nor anything that needs a GPU: the first kernel does.
+"""
 
 import importlib.util as _importlib
 import pathlib as _pathlib
@@ -8,6 +11,8 @@ import sys as _sys
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     _kernels = _pathlib.Path(__file__).parent.parent / "kernels" / "__init__.py"
     _spec = _importlib.spec_from_file_location(f"{__name__}.kernels", _kernels)
+    assert _spec is not None
+    assert _spec.loader is not None
     kernels = _sys.modules[_spec.name] = _importlib.module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
@@ -29,12 +34,25 @@ from .functional import (
     sigmoid_gate,
     silu,
     swiglu,
-    warmup,
+    swiglu_packed,
+    torch_below,
 )
-from .nn import GLU, BCEWithLogitsLoss, LogSigmoid, SigLIPLoss, Sigmoid, SigmoidFocalLoss, SigmoidGate, SiLU, SwiGLU
+from .nn import (
+    GLU,
+    BCEWithLogitsLoss,
+    LogSigmoid,
+    SigLIPLoss,
+    Sigmoid,
+    SigmoidFocalLoss,
+    SigmoidGate,
+    SiLU,
+    SwiGLU,
+    SwiGLUPacked,
+)
+from .operators import warmup
 from .swap import intercept, replace, restore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Without the modules: `from torch_sigmoid import *` must not put another `nn` or `functional` in the place of torch's.
 __all__ = [
@@ -49,6 +67,7 @@ __all__ = [
     "SigmoidFunction",
     "SigmoidGate",
     "SwiGLU",
+    "SwiGLUPacked",
     "binary_cross_entropy_with_logits",
     "debug",
     "glu",
@@ -64,5 +83,7 @@ __all__ = [
     "sigmoid_gate",
     "silu",
     "swiglu",
+    "swiglu_packed",
+    "torch_below",
     "warmup",
 ]

@@ -1,23 +1,29 @@
-"""The gradient of sigmoid: what is saved, and the derivative of each derivative.
+"""The autograd.Functions: what is saved, and the derivative of each derivative, once for all families.
 
+Sigmoid
     σ = σ(x)                            SigmoidFunction            saves σ ("output") or x ("input"), and nothing else
     grad_input = grad_output·σ'         SigmoidBackwardFunction    saves grad_output and the same tensor
 
 From σ, σ' = σ(1-σ) and ∂σ'/∂σ = 1-2σ: no memory beyond the output, and the precision of the rounded σ. From x,
 σ' = e/(1+e)² with e = e^-|x|, and ∂σ'/∂x = -σ'·tanh(x/2): exact in both tails, at the cost of keeping x alive.
-The second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
+
+Gates and losses, each an `Operator` that knows its value, its gradients and the gradients of those
+    y = operator(*tensors)                    OperatorFunction            saves the tensors
+    grads = operator'(grad_output, *tensors)  OperatorBackwardFunction    saves grad_output and the tensors
+
+A second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from . import ops
-
-_is_grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+from . import kernels
+from .dispatch import NOBODY, REVERSE_MODE, TRACER, TRANSFORM, Save, launchable, listener, threshold_allows_kernel
+from .formulas import curvature_from_output, sigmoid_grad_from_input, sigmoid_grad_from_output, upcast
+from .internals import apply_of, is_legacy_batched, nested_jvp, unwrap_if_dead
 
 
 def batch_first(info, in_dims, *tensors):
@@ -28,6 +34,47 @@ def batch_first(info, in_dims, *tensors):
     )
 
 
+# Sigmoid on values: the kernel where the tensors allow it, else the formula in torch operators.
+
+
+def sigmoid_value(input: Tensor) -> Tensor:
+    """σ(x)."""
+    return kernels.sigmoid.sigmoid_forward(input) if threshold_allows_kernel(input) else torch.sigmoid(input)
+
+
+def sigmoid_gradient(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
+    """grad_output·σ'."""
+    if launchable(saved, grad_output):
+        return kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+    return sigmoid_gradient_formula(grad_output, saved, save)
+
+
+def sigmoid_gradient_formula(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
+    """grad_output·σ' in torch operators, differentiable."""
+    formula = sigmoid_grad_from_output if save == "output" else sigmoid_grad_from_input
+    return formula(upcast(grad_output), upcast(saved)).to(grad_output.dtype)
+
+
+def sigmoid_second_gradients(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: Save) -> tuple[Tensor, Tensor]:
+    """The gradients that reach `grad_output` and `saved` when `grad_grad_input` reaches their grad_output·σ'."""
+    if launchable(saved, grad_output, grad_grad_input):
+        return kernels.sigmoid.sigmoid_double_backward(grad_grad_input, grad_output, saved, save == "input")
+    return (
+        sigmoid_gradient_formula(grad_grad_input, saved, save).to(grad_output.dtype),
+        _curvature(grad_grad_input, grad_output, saved, save, sigmoid_gradient_formula),
+    )
+
+
+def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: Save, gradient) -> Tensor:
+    """grad_grad_input·grad_output·∂σ'/∂saved; differentiable if `gradient`, which gives grad·σ', is."""
+    outer, grad, wide = upcast(grad_grad_input), upcast(grad_output), upcast(saved)
+    if save == "output":
+        result = outer * grad * curvature_from_output(wide)
+    else:
+        result = -gradient(outer * grad, wide, save) * torch.tanh(wide / 2)
+    return result.to(saved.dtype)
+
+
 class SigmoidFunction(Function):
     """`SigmoidFunction.apply(input, save="output")`: σ(x) with the gradient that `save` promises.
 
@@ -36,7 +83,7 @@ class SigmoidFunction(Function):
 
     @staticmethod
     def forward(input, save="output"):
-        return ops.sigmoid_forward(input)
+        return sigmoid_value(input)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -57,7 +104,7 @@ class SigmoidFunction(Function):
     def jvp(ctx, input_tangent, _):
         if input_tangent is None:
             return None
-        if ops.forward_mode_is_nested():
+        if nested_jvp():
             raise RuntimeError("SigmoidFunction loses tangents under nested torch.func.jvp; call torch_sigmoid.sigmoid there")
         (saved,) = ctx.saved_tensors
         return sigmoid_backward(input_tangent, saved, ctx.save)
@@ -72,7 +119,7 @@ class SigmoidBackwardFunction(Function):
 
     @staticmethod
     def forward(grad_output, saved, save):
-        return ops.sigmoid_backward(grad_output, saved, save)
+        return sigmoid_gradient(grad_output, saved, save)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -87,11 +134,11 @@ class SigmoidBackwardFunction(Function):
             return None, None, None
         grad_output, saved = ctx.saved_tensors
         needs_grad_output, needs_saved, _ = ctx.needs_input_grad
-        if needs_grad_output and needs_saved and not differentiable_again():
-            return *ops.sigmoid_double_backward(grad_grad_input, grad_output, saved, ctx.save), None
+        if needs_grad_output and needs_saved and listener() == NOBODY:
+            return *sigmoid_second_gradients(grad_grad_input, grad_output, saved, ctx.save), None
         return (
             sigmoid_backward(grad_grad_input, saved, ctx.save) if needs_grad_output else None,
-            _curvature(grad_grad_input, grad_output, saved, ctx.save) if needs_saved else None,
+            _curvature(grad_grad_input, grad_output, saved, ctx.save, sigmoid_backward) if needs_saved else None,
             None,
         )
 
@@ -102,7 +149,7 @@ class SigmoidBackwardFunction(Function):
         if grad_output_tangent is not None:
             terms.append(sigmoid_backward(grad_output_tangent, saved, ctx.save))
         if saved_tangent is not None:
-            terms.append(_curvature(saved_tangent, grad_output, saved, ctx.save))
+            terms.append(_curvature(saved_tangent, grad_output, saved, ctx.save, sigmoid_backward))
         return sum(terms[1:], start=terms[0]) if terms else None
 
     @staticmethod
@@ -134,7 +181,7 @@ class _EagerSigmoidFromOutput(Function):
 
     @staticmethod
     def forward(ctx, input):
-        output = ops.sigmoid_forward(input)
+        output = sigmoid_value(input)
         ctx.save_for_backward(output)
         ctx.set_materialize_grads(False)
         return output
@@ -151,61 +198,186 @@ class _EagerSigmoidFromInput(Function):
     def forward(ctx, input):
         ctx.save_for_backward(input)
         ctx.set_materialize_grads(False)
-        return ops.sigmoid_forward(input)
+        return sigmoid_value(input)
 
     @staticmethod
     def backward(ctx, grad_output):
         return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "input")
 
 
-# Function.apply binds its arguments in Python at every call; below it is the C++ entry, which does not.
-_apply_eager = {
-    "output": super(Function, _EagerSigmoidFromOutput).apply,
-    "input": super(Function, _EagerSigmoidFromInput).apply,
-}
+_apply_eagerly = {"output": apply_of(_EagerSigmoidFromOutput), "input": apply_of(_EagerSigmoidFromInput)}
 
 
-def sigmoid(input: Tensor, save: str) -> Tensor:
-    """σ(input), recorded where anything listens: forward mode and transforms need SigmoidFunction, reverse mode less."""
-    if _transforms_active() or forward_ad._current_level >= 0:
+def record_sigmoid(input: Tensor, save: Save) -> Tensor:
+    """σ(input), recorded for whoever listens; a tracer must not."""
+    listening = listener()
+    if listening >= TRANSFORM:
         return SigmoidFunction.apply(input, save)
-    if input.requires_grad and _is_grad_enabled():
-        # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
-        return _apply_eager[save](_unwrap_if_dead(input))
-    return ops.sigmoid_forward(input)
+    if listening == REVERSE_MODE and input.requires_grad:
+        # After a transform ends, its tensors are dead wrappers: unwrap them, so that the graph sees the tensor inside.
+        return _apply_eagerly[save](unwrap_if_dead(input))
+    return sigmoid_value(input)
 
 
-def differentiable_again() -> bool:
-    """Whether an operator called now must record how to differentiate it: create_graph, a dual level or a transform."""
-    return _is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_active()
-
-
-def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
+def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ', differentiable where that is asked for."""
-    if not (_is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0):
-        return ops.sigmoid_backward(grad_output, saved, save)
-    if _is_legacy_batched(grad_output) or _is_legacy_batched(saved):
+    if listener() == NOBODY:
+        return sigmoid_gradient(grad_output, saved, save)
+    if is_legacy_batched(grad_output) or is_legacy_batched(saved):
         # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
-        return ops.sigmoid_backward_formula(grad_output, saved, save)
+        return sigmoid_gradient_formula(grad_output, saved, save)
     return SigmoidBackwardFunction.apply(grad_output, saved, save)
 
 
-def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: str) -> Tensor:
-    """grad_grad_input·grad_output·∂σ'/∂saved, differentiable."""
-    return ops.curvature_formula(grad_grad_input, grad_output, saved, save, sigmoid_backward)
+class Operator:
+    """What the Functions below ask of an operator: its value and derivatives, by one kernel each, or in torch operators.
+
+    `tensors` are its operands, of which the first `n_differentiable` get gradients (all by default), followed by what
+    `forward` has added to them for backward. Kernels run where `launchable` allows it, else the formulas, which are
+    differentiable:
+
+        forward(*tensors)                                  the value, and what else backward needs, as a tuple
+        backward(grad_output, *tensors)                    the gradients
+        double_backward(grads, grad_output, *tensors)      for what reaches these: what reaches grad_output and the operands
+        formula, backward_formula, double_backward_formula, jvp_formula    likewise, in torch operators
+        batched()                                          the operator on tensors with one more dimension in front
+    """
+
+    n_differentiable: int | None = None
+    # From this listener on the formula takes the place of the Functions.
+    formula_from: int = TRACER
 
 
-def more_than_reverse_mode_listens() -> bool:
-    """Whether a tracer, a transform or forward mode would see an operator called now."""
-    return ops.only_torch_operators_are_seen() or _transforms_active() or forward_ad._current_level >= 0
+def _filled(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients or tangents, with zeros for those that nothing reaches."""
+    return tuple(tensor.new_zeros(()).expand(tensor.shape) if grad is None else grad for grad, tensor in zip(grads, tensors))
 
 
-def only_reverse_mode_listens(input: Tensor) -> bool:
-    """Whether ordinary eager autograd is all that could record an operator on `input`."""
-    return (
-        not ops.only_torch_operators_are_seen()
-        and ops.has_plain_storage(input)
-        and forward_ad._current_level < 0
-        and not _transforms_active()
-        and not ops.modes_listen()
-    )
+def _padded(grads: Sequence[Tensor | None], ctx) -> tuple:
+    """A None for the operator, the gradients, and a None for each operand without."""
+    return (None, *grads) + (None,) * (len(ctx.needs_input_grad) - 1 - len(grads))
+
+
+class OperatorFunction(Function):
+    """operator(*tensors), for torch.func and forward mode."""
+
+    @staticmethod
+    def forward(operator, *tensors):
+        return operator.forward(*tensors)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return _padded((), ctx)
+        return _padded(operator_backward(ctx.operator, grad_output, *ctx.saved_tensors), ctx)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        tensors = ctx.saved_tensors
+        return ctx.operator.jvp_formula(_filled(tangents, tensors), *tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *tensors):
+        return OperatorFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors)), 0
+
+
+class _EagerOperatorFunction(Function):
+    """operator(*tensors), for eager reverse mode, where `forward` may add to what is saved."""
+
+    @staticmethod
+    def forward(ctx, operator, *tensors):
+        output, *others = operator.forward(*tensors)
+        ctx.operator = operator
+        ctx.save_for_backward(*tensors, *others)
+        ctx.set_materialize_grads(False)
+        return output
+
+    backward = OperatorFunction.backward
+
+
+class OperatorBackwardFunction(Function):
+    """The gradients of an operator's tensors as a differentiable function of grad_output and of them."""
+
+    @staticmethod
+    def forward(operator, grad_output, *tensors):
+        return tuple(operator.backward(grad_output, *tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return _padded((), ctx)
+        grad_output, *tensors = ctx.saved_tensors
+        operator = ctx.operator
+        derive = operator.double_backward if listener() == NOBODY else operator.double_backward_formula
+        return _padded(derive(_filled(grads, tensors), grad_output, *tensors), ctx)
+
+    @staticmethod
+    def jvp(ctx, _, grad_output_tangent, *tangents):
+        grad_output, *tensors = ctx.saved_tensors
+        operator = ctx.operator
+        (grad_output_tangent,) = _filled([grad_output_tangent], [grad_output])
+        of_grad_output = operator.backward_formula(grad_output_tangent, *tensors)
+        # The second derivative is symmetric: what reaches the tensors from the tangents is what the tangents make of them.
+        _, *of_tensors = operator.double_backward_formula(_filled(tangents, tensors), grad_output, *tensors)
+        return tuple(one + other for one, other in zip(of_grad_output, of_tensors))
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *tensors):
+        results = OperatorBackwardFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors))
+        return results, (0,) * len(results)
+
+
+def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
+    """The gradients of the tensors, differentiable where that is asked for."""
+    if listener() == NOBODY:
+        return operator.backward(grad_output, *tensors)
+    if any(tensor is not None and is_legacy_batched(tensor) for tensor in (grad_output, *tensors)):
+        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
+        return operator.backward_formula(grad_output, *tensors)
+    return OperatorBackwardFunction.apply(operator, grad_output, *tensors)
+
+
+_apply_operator_eagerly = apply_of(_EagerOperatorFunction)
+
+
+def _recordable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as a Function can save it."""
+    if tensor is None:
+        return None
+    if tensor.is_inference():
+        # Autograd saves none, such as the gate that a frozen network computed for a trained operand.
+        return tensor.clone()
+    return unwrap_if_dead(tensor)
+
+
+def record(operator: Operator, *tensors: Tensor | None) -> Tensor:
+    """operator(*tensors), recorded for whoever listens; in torch operators where only these are seen."""
+    listening = listener()
+    n = operator.n_differentiable
+    if listening >= operator.formula_from or (
+        # Only the formula has the derivatives of the other operands.
+        n is not None and listening == REVERSE_MODE and any(each is not None and each.requires_grad for each in tensors[n:])
+    ):
+        return operator.formula(*tensors)
+    if listening == TRANSFORM:
+        return OperatorFunction.apply(operator, *tensors)
+    if listening == NOBODY:
+        return operator.forward(*tensors)[0]
+    if any(each is not None and each.requires_grad for each in tensors):
+        return _apply_operator_eagerly(operator, *map(_recordable, tensors))
+    with torch.no_grad():  # so that the formulas know that nothing listens
+        return operator.forward(*tensors)[0]

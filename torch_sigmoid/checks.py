@@ -5,16 +5,23 @@ Nothing here waits for a device, but for `check_targets`, which is asked under `
 
 import math
 import numbers
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
+from .internals import has_plain_keys
 
 SAVE_MODES = ("output", "input")
 # Far beyond, γ·log(1 - p_t) is no finite number.
 MAX_GAMMA = 1e6
 DENSE_FLOATS = "dense, float64, float32, float16 or bfloat16"
+
+
+_Parameters, _Result = ParamSpec("_Parameters"), TypeVar("_Result")
 
 
 def check_save(save: str) -> None:
@@ -27,6 +34,13 @@ def check_tensors(caller: str, **tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{caller}(): {name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def check_floats(caller: str, **tensors) -> None:
+    """A TypeError where torch's own operator has no kernel, and its error does not name the argument."""
+    for name, tensor in tensors.items():
+        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            raise TypeError(f"{caller}(): {name} must be a tensor of a float dtype, got {tensor.dtype}")
 
 
 def check_devices(caller: str, **tensors) -> None:
@@ -82,6 +96,19 @@ def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-
         raise TypeError(f"{caller}(): ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
+def check_swiglu_options(caller: str, alpha: float, limit: float | None, up_offset: float) -> None:
+    """An error unless the options are numbers that `swiglu` takes."""
+    for name, value in (("alpha", alpha), ("limit", 0 if limit is None else limit), ("up_offset", up_offset)):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{caller}(): {name} must be a number, got {type(value).__name__}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"{caller}(): alpha must be positive and finite, got {alpha}")
+    if limit is not None and not limit >= 0:
+        raise ValueError(f"{caller}(): limit must not be negative, got {limit}")
+    if not math.isfinite(up_offset):
+        raise ValueError(f"{caller}(): up_offset must be finite, got {up_offset}")
+
+
 def is_value_of(number: int, dtype: torch.dtype) -> bool:
     """Whether the dtype has exactly this integer."""
     if dtype is torch.bool:
@@ -91,6 +118,25 @@ def is_value_of(number: int, dtype: torch.dtype) -> bool:
     info, magnitude = torch.finfo(dtype), abs(number)
     digits = (magnitude // (magnitude & -magnitude or 1)).bit_length()
     return magnitude <= info.max and digits <= 1 - round(math.log2(info.eps))
+
+
+def overridable(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let an argument that is no tensor but has a `__torch_function__`, such as fx's Proxy, take over the call.
+
+    Tensor subclasses and function modes do not: they see the torch operators that `function` calls. `sigmoid` and `sigmoid_`
+    check for themselves: there this wrapper would cost about half as much as the call.
+    """
+
+    @wraps(function)
+    def wrapper(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        arguments = *args, *kwargs.values()
+        if has_torch_function(arguments) and not all(
+            isinstance(each, Tensor) or not hasattr(type(each), "__torch_function__") for each in arguments
+        ):
+            return cast(_Result, handle_torch_function(wrapper, arguments, *args, **kwargs))
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 def weight_for(caller: str, name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
@@ -110,7 +156,7 @@ def weight_for(caller: str, name: str, weight: Tensor | None, input: Tensor) -> 
 
 def check_targets(caller: str, name: str, target: Tensor, ignore_index: int | None) -> None:
     """A ValueError unless all targets are in [0, 1] or ignored."""
-    if target.is_meta or not ops.has_plain_storage(target):
+    if target.is_meta or type(target) is not Tensor or not has_plain_keys(target):
         return
     fine = (target >= 0) & (target <= 1)
     if ignore_index is not None:

@@ -1,13 +1,9 @@
-"""The gates, on values and in autograd: log-sigmoid and SiLU of one tensor; GLU, x·σ(gate) and SwiGLU of two.
+"""The gates: log-sigmoid and SiLU of one tensor; GLU, x·σ(gate) and SwiGLU of two. Operators, then the functions.
 
-An operator here knows its value, its gradients and the gradients of those: by one Triton kernel each where that can run, else
-by formulas in torch operators. It is put into autograd by two Functions, which save the inputs and nothing else:
+    y = f(x)            saves x
+    y = A·h(G)          saves the operand and the gate, or the packed tensor of which they are the halves
 
-    y = operator(*tensors)                    OperatorFunction            saves the tensors
-    grads = operator'(grad_output, *tensors)  OperatorBackwardFunction    saves grad_output and the tensors
-
-The formulas are kernels/maths.py's, each written in pieces whose own derivatives lose nothing either. So under tracers
-autograd derives every derivative from the first one, and third derivatives come from the formula of the second.
+The kernels are those of kernels/gates.py, where the formulas of the derivatives stand.
 """
 
 import math
@@ -15,129 +11,74 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.nn import functional as F
 
-from . import ops
-from .autograd import batch_first, differentiable_again
-from .ops import kernels, upcast
-
-# As in kernels/maths.py: an infinite x would make 0·∞ of a limit, and e^-|x| is subnormal where a product with it is not.
-FAR = 1000.0
-SHIFTS = {torch.float32: (75.875, -81.0), torch.float64: (690.0, -700.0)}
-# Above it torch's fused operators lose nothing.
-SHIFTED_FROM = -64.0
-
-
-def exp_scaled(power: Tensor) -> tuple[Tensor, Tensor]:
-    """e^power as e·scale, for power ≤ 0: neither is a subnormal number, and a product with e keeps its digits."""
-    shift, start = SHIFTS[power.dtype]
-    far = power < start
-    # Of two numbers `where` would make a tensor of the default dtype, in which e^-690 is 0.
-    return torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), torch.ones_like(power))
-
-
-def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
-    """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid"; in fp32 or fp64.
-
-    With `alpha`, f is silu(alpha·x)/alpha. Differentiable: each sign of x has an expression of its own, which is the function
-    beyond that sign too.
-    """
-    if function == "logsigmoid" and order:
-        return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    gate = x if alpha == 1 else alpha * x
-    below = gate < 0
-    minus_abs = torch.where(below, gate, -gate)
-    e, scale = exp_scaled(minus_abs)
-    tail = e * scale
-    if function == "logsigmoid":
-        return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
-    one_plus = 1 + tail
-    if order == 0:
-        scale = torch.where(below, scale, 1.0)
-        if function == "sigmoid":
-            return v * (torch.where(below, e, 1.0) / one_plus) * scale
-        # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
-        near = x.clamp(-FAR / alpha, FAR / alpha)
-        return v * torch.where(below, near * e / one_plus, x - near * tail / one_plus) * scale
-    near = gate.clamp(-FAR, FAR)
-    if function == "sigmoid":
-        factor = e if order == 1 else torch.where(below, -e, e) * torch.expm1(minus_abs)
-    elif order == 1:
-        factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
-        scale = torch.where(below, scale, 1.0)
-    else:
-        factor = alpha * e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
-    # After the quotient v overflows only where the result does; before `scale`, it is subnormal only where the result is.
-    return v * (factor / one_plus ** (order + 1)) * scale
-
-
-def _weighted_now(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
-    """`weighted` for values alone: where no x is far out, by torch's fused operators, at a fraction of the cost on a CPU."""
-    if function == "logsigmoid" and order:
-        return _weighted_now(v, -x, "sigmoid", 0) if order == 1 else -_weighted_now(v, x, "sigmoid", 1)
-    now = order < 2 and x.device.type == "cpu" and not differentiable_again() and ops.computes_eagerly(x) and x.numel()
-    gate = x if alpha == 1 else alpha * x
-    # σ' is lost at both ends. A NaN among x says nothing of the others.
-    if not now or not (-x.abs() if function == "sigmoid" and order else gate).amin() >= SHIFTED_FROM:
-        return weighted(v, x, function, order, alpha)
-    if order == 0:
-        if alpha != 1:
-            return v * torch.sigmoid(gate).mul_(x)
-        return v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
-    if function == "sigmoid":
-        return ops.aten_sigmoid_backward(v, x.abs().neg_().sigmoid_())
-    return v * torch.sigmoid(-gate).mul_(gate.clamp(max=FAR)).add_(1).mul_(torch.sigmoid(gate))
+from . import kernels
+from .autograd import Operator, record
+from .checks import (
+    DENSE_FLOATS,
+    check_broadcasts,
+    check_devices,
+    check_floats,
+    check_swiglu_options,
+    check_tensors,
+    described,
+    halved_dim,
+    overridable,
+    promoted,
+)
+from .dispatch import TRANSFORM, is_ours, launchable, listener
+from .formulas import upcast, weighted
 
 
 @dataclass(frozen=True)
-class Unary:
-    """y = f(x) for `function` "silu" or "logsigmoid"."""
+class Unary(Operator):
+    """y = f(x) for `function` "silu" or "logsigmoid"; with `alpha`, f(x) = silu(alpha·x)/alpha = x·σ(alpha·x)."""
 
     function: str
+    alpha: float = 1.0
 
     def batched(self) -> "Unary":
         return self
 
     def forward(self, x):
-        if ops.launchable(x):
-            return kernels.gates.unary_forward(x, self.function, 1.0)
-        return self.formula(x)
+        if launchable(x):
+            return (kernels.gates.unary_forward(x, self.function, self.alpha),)
+        return (self.formula(x),)
 
     def backward(self, grad_output, x):
-        if ops.launchable(x, grad_output):
-            return (kernels.gates.unary_backward(grad_output, x, self.function, 1.0),)
+        if launchable(x, grad_output):
+            return (kernels.gates.unary_backward(grad_output, x, self.function, self.alpha),)
         return self.backward_formula(grad_output, x)
 
     def double_backward(self, grads, grad_output, x):
         (v,) = grads
-        if ops.launchable(x, grad_output, v):
-            return kernels.gates.unary_double_backward(v, grad_output, x, self.function, 1.0)
+        if launchable(x, grad_output, v):
+            return kernels.gates.unary_double_backward(v, grad_output, x, self.function, self.alpha)
         return self.double_backward_formula(grads, grad_output, x)
 
     def formula(self, x):
-        (wide,) = upcast(x)
-        return _weighted_now(1.0, wide, self.function, 0).to(x.dtype)
+        if x.dim() == 0:
+            # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
+            return self.formula(x.unsqueeze(0)).squeeze(0)
+        return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
 
     def backward_formula(self, grad_output, x):
-        grad, wide = upcast(grad_output, x)
-        return (_weighted_now(grad, wide, self.function, 1).to(grad_output.dtype),)
+        return (weighted(upcast(grad_output), upcast(x), self.function, 1, self.alpha).to(grad_output.dtype),)
 
     def double_backward_formula(self, grads, grad_output, x):
-        v, grad, wide = upcast(*grads, grad_output, x)
-        to_grad_output = weighted(v, wide, self.function, 1)
-        return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2).to(x.dtype)
+        v, grad, wide = map(upcast, (*grads, grad_output, x))
+        to_grad_output = weighted(v, wide, self.function, 1, self.alpha)
+        return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2, self.alpha).to(x.dtype)
 
     def jvp_formula(self, tangents, x):
         return self.backward_formula(*tangents, x)[0]
 
 
 @dataclass(frozen=True)
-class Gated:
-    """y = A·h(G) of an operand a and a gate g, which may be the halves of one tensor along `dim`.
+class Gated(Operator):
+    """y = A·h(G) of an operand a and a gate g, which may be the halves of one tensor along `dim`; see kernels/gates.py.
 
-    h is `function`. If a `limit` or an `alpha` is given, the clamped form of SwiGLU, see kernels/gates.py. The gate of a
-    "sigmoid" may be broadcast against the operand: of as many dimensions, each a's or 1.
+    h is `function`, "sigmoid" or "silu". The gate may be broadcast against the operand: of as many dimensions, each a's or 1.
     """
 
     function: str
@@ -167,34 +108,35 @@ class Gated:
 
     def memory_for(self, tensors):
         """Memory for the gradients of the tensors, and where in it those of a and g are."""
-        # In one memory format: tensors of several cannot be walked as rows and columns.
+        # In one memory format: tensors of several make no walk.
         grads = tuple(torch.empty_like(tensors[0]) for _ in tensors)
         return grads, self.parts(grads)
 
     def forward(self, *tensors):
         a, g = self.parts(tensors)
-        if not (ops.launchable(a, g) and a.numel()):
-            return self.formula(*tensors)
-        return kernels.gates.gate_forward(a, g, self.constants)
+        if launchable(a, g) and a.numel():
+            return (kernels.gates.gate_forward(a, g, self.constants),)
+        return (self.formula(*tensors),)
 
     def backward(self, grad_output, *tensors):
         a, g = self.parts(tensors)
-        if not (ops.launchable(a, g, grad_output) and a.numel()):
+        if not (launchable(a, g, grad_output) and a.numel()):
             return self.backward_formula(grad_output, *tensors)
         if a.shape == g.shape:
             grads, out = self.memory_for(tensors)
             kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
             return grads
-        return kernels.gates.broadcast_backward(grad_output, a, g, self.constants)
+        return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, self.constants))
 
     def double_backward(self, grads, grad_output, *tensors):
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
-        if not (ops.launchable(a, g, grad_output, v, w) and a.numel()):
+        if not (launchable(a, g, grad_output, v, w) and a.numel()):
             return self.double_backward_formula(grads, grad_output, *tensors)
         if a.shape == g.shape:
             to_tensors, out = self.memory_for(tensors)
             return kernels.gates.gate_double_backward(v, w, grad_output, a, g, self.constants, out), *to_tensors
-        return kernels.gates.broadcast_double_backward(v, w, grad_output, a, g, self.constants)
+        to_grad_output, *to_parts = kernels.gates.broadcast_double_backward(v, w, grad_output, a, g, self.constants)
+        return to_grad_output, *self.whole(*to_parts)
 
     # A, G and h in torch operators. A comparison, unlike a clamp, lets a NaN through, and leaves it a gradient.
 
@@ -208,11 +150,13 @@ class Gated:
 
     def _weighted(self, v, g, order):
         gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
-        result = _weighted_now(v, gate, self.function, order, self.alpha)
+        result = weighted(v, gate, self.function, order, self.alpha)
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
     def formula(self, *tensors):
-        a, g = upcast(*self.parts(tensors))
+        if tensors[0].dim() == 0:  # as in Unary
+            return self.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
+        a, g = map(upcast, self.parts(tensors))
         return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
 
     def _reduced(self, to_a, to_g, tensors):
@@ -222,12 +166,12 @@ class Gated:
         return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
 
     def backward_formula(self, grad_output, *tensors):
-        grad, a, g = upcast(grad_output, *self.parts(tensors))
+        grad, a, g = map(upcast, (grad_output, *self.parts(tensors)))
         to_a = self._past_clamp(self._weighted(grad, g, 0), a)
         return self._reduced(to_a, self._weighted(grad * self._operand(a), g, 1), tensors)
 
     def double_backward_formula(self, grads, grad_output, *tensors):
-        v, w, grad, a, g = upcast(*self.parts(grads), grad_output, *self.parts(tensors))
+        v, w, grad, a, g = map(upcast, (*self.parts(grads), grad_output, *self.parts(tensors)))
         operand, v = self._operand(a), self._past_clamp(v, a)
         to_grad_output = self._weighted(v, g, 0) + self._weighted(w * operand, g, 1)
         to_a = self._past_clamp(self._weighted(w * grad, g, 1), a)
@@ -235,120 +179,197 @@ class Gated:
         return to_grad_output.to(grad_output.dtype), *self._reduced(to_a, to_g, tensors)
 
     def jvp_formula(self, tangents, *tensors):
-        v, w, a, g = upcast(*self.parts(tangents), *self.parts(tensors))
+        v, w, a, g = map(upcast, (*self.parts(tangents), *self.parts(tensors)))
         result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
         return result.to(tensors[0].dtype)
 
 
-def _filled(grads, tensors):
-    """Gradients or tangents, with zeros for those that nothing reaches."""
-    return tuple(tensor.new_zeros(()).expand(tensor.shape) if grad is None else grad for grad, tensor in zip(grads, tensors))
+_SILU, _LOGSIGMOID, _SIGMOID_GATE = Unary("silu"), Unary("logsigmoid"), Gated("sigmoid")
 
 
-class OperatorFunction(Function):
-    """operator(*tensors)."""
+@overridable
+def logsigmoid(input: Tensor) -> Tensor:
+    r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
-    @staticmethod
-    def forward(operator, *tensors):
-        return operator.forward(*tensors)
+    Neither cancels or overflows: for x → ∞ the value is -e^-x, for x → -∞ it is x. In 16 bit both are within 1 ulp of the true
+    ones; in fp32 the value is within 5 and the gradient within 4, as tests/bounds.py derives from an expf of 1 ulp.
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.operator, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
+    Args:
+        input: a tensor of any shape and float dtype; saved for backward, and nothing else.
 
-    @staticmethod
-    def backward(ctx, grad_output):
-        if grad_output is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return None, *operator_backward(ctx.operator, grad_output, *ctx.saved_tensors)
-
-    @staticmethod
-    def jvp(ctx, _, *tangents):
-        tensors = ctx.saved_tensors
-        return ctx.operator.jvp_formula(_filled(tangents, tensors), *tensors)
-
-    @staticmethod
-    def vmap(info, in_dims, operator, *tensors):
-        return OperatorFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors)), 0
+    Raises:
+        TypeError: `input` is not a tensor.
+    """
+    check_tensors("logsigmoid", input=input)
+    check_floats("logsigmoid", input=input)
+    return record(_LOGSIGMOID, input) if is_ours(input) else torch.nn.functional.logsigmoid(input)
 
 
-class OperatorBackwardFunction(Function):
-    """The gradients of `tensors` as a differentiable function of grad_output and of them."""
+@overridable
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
-    @staticmethod
-    def forward(operator, grad_output, *tensors):
-        return tuple(operator.backward(grad_output, *tensors))
+    silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost. In 16 bit the value is within 1 ulp
+    of the true one, and so is the gradient, but within a rounding of 1 around its zero at x = -1.278. In fp32 both are within 5
+    ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp.
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.operator, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
+    Args:
+        input: a tensor of any shape and float dtype; saved for backward, and nothing else.
+        inplace: write the result over `input`, and return it. Only for a gradient a copy of `input` is saved, as in torch.
 
-    @staticmethod
-    def backward(ctx, *grads):
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        grad_output, *tensors = ctx.saved_tensors
-        operator = ctx.operator
-        derive = operator.double_backward_formula if differentiable_again() else operator.double_backward
-        return None, *derive(_filled(grads, tensors), grad_output, *tensors)
-
-    @staticmethod
-    def jvp(ctx, _, grad_output_tangent, *tangents):
-        grad_output, *tensors = ctx.saved_tensors
-        operator = ctx.operator
-        (grad_output_tangent,) = _filled([grad_output_tangent], [grad_output])
-        of_grad_output = operator.backward_formula(grad_output_tangent, *tensors)
-        # The second derivative is symmetric: what reaches the tensors from the tangents is what the tangents make of them.
-        _, *of_tensors = operator.double_backward_formula(_filled(tangents, tensors), grad_output, *tensors)
-        return tuple(one + other for one, other in zip(of_grad_output, of_tensors))
-
-    @staticmethod
-    def vmap(info, in_dims, operator, *tensors):
-        results = OperatorBackwardFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors))
-        return results, (0,) * len(results)
+    Raises:
+        TypeError: `input` is not a tensor.
+        RuntimeError: `inplace` on a leaf that requires grad.
+    """
+    check_tensors("silu", input=input)
+    check_floats("silu", input=input)
+    if not is_ours(input):
+        return torch.nn.functional.silu(input, inplace)
+    if not inplace:
+        return record(_SILU, input)
+    needs_grad = input.requires_grad and torch.is_grad_enabled()
+    if needs_grad and input.is_leaf:
+        raise RuntimeError("silu(): input is a leaf tensor that requires grad, so it cannot be written over; got inplace=True")
+    # A transform may want a gradient at another level than this one, and jit.trace demands one graph with and without grad.
+    keeps_input = needs_grad or listener() >= TRANSFORM
+    return input.copy_(record(_SILU, input.clone() if keeps_input else input))
 
 
-def operator_backward(operator, grad_output, *tensors):
-    """The gradients of the tensors, differentiable where that is asked for."""
-    if not differentiable_again():
-        return operator.backward(grad_output, *tensors)
-    if any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_output, *tensors))):
-        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
-        return operator.backward_formula(grad_output, *tensors)
-    return OperatorBackwardFunction.apply(operator, grad_output, *tensors)
+@overridable
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    r"""glu(a, b) = a·σ(b) for the halves a, b of `input` along `dim`; the gradient is written into one tensor like `input`.
+
+    Gradients: grad·σ(b) and grad·a·e/(1+e)² with e = e^-|b|, which loses nothing where σ(b) rounds to 1.
+
+    Args:
+        input: a tensor of float dtype with at least one dimension; saved for backward, and nothing else. Its halves are read
+            in place.
+        dim: the dimension to halve, of even size.
+
+    Raises:
+        TypeError: `input` is not a tensor.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
+        IndexError: `dim` is out of range.
+    """
+    check_tensors("glu", input=input)
+    check_floats("glu", input=input)
+    if not is_ours(input):
+        return torch.nn.functional.glu(input, dim)
+    return record(Gated("sigmoid", halved_dim("glu", input, dim)), input)
 
 
-# Below Function.apply, which binds its arguments in Python at every call; enough for eager reverse mode.
-_apply_eager = super(Function, OperatorFunction).apply
+@overridable
+def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
+    r"""input·σ(gate), with `gate` broadcast against `input`: squeeze-and-excitation, gated attention.
+
+    Gradients: grad·σ(gate) and, summed up over what was broadcast, grad·input·e/(1+e)² with e = e^-|gate|. A gate such as
+    (N, C, 1, 1) of (N, C, H, W) or (B, T, H, 1) of (B, T, H, D) is read once a row; its gradient is summed up in fp32 (fp64 for
+    fp64) where it is computed, in an order that depends on shapes, strides and dtypes only.
+
+    Args:
+        input: a tensor of any shape and float dtype.
+        gate: a tensor whose shape broadcasts to input's. Both are saved for backward, as they are, and nothing else.
+            Another dtype than input's promotes, as in torch; then what is promoted is saved.
+
+    Returns:
+        A tensor of input's shape.
+
+    Raises:
+        TypeError: one is not a tensor.
+        ValueError: `gate` does not broadcast to the shape of `input`, or is on another device.
+    """
+    check_tensors("sigmoid_gate", input=input, gate=gate)
+    check_devices("sigmoid_gate", input=input, gate=gate)
+    check_broadcasts("sigmoid_gate", "gate", gate, input)
+    input, gate = promoted(input, gate)
+    if not (is_ours(input) and is_ours(gate)):
+        return input * torch.sigmoid(gate)
+    if gate.dim() < input.dim():
+        gate = gate.reshape((1,) * (input.dim() - gate.dim()) + tuple(gate.shape))
+    return record(_SIGMOID_GATE, input, gate)
 
 
-def _recordable(tensor: Tensor) -> Tensor:
-    """The tensor as a Function can save it."""
-    if tensor.is_inference():
-        # Autograd saves none, such as the gate that a frozen network computed for a trained operand.
-        return tensor.clone()
-    # After a transform ends, its tensors are dead wrappers: unwrap them, so that the graph sees the tensor inside.
-    return torch._C._functorch.unwrap_if_dead(tensor)
+@overridable
+def swiglu(gate: Tensor, up: Tensor, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> Tensor:
+    r"""silu(gate)·up, the gate of Llama's feed-forward layers, in one kernel; see `swiglu_packed` for halves of one tensor.
+
+    In full: gate·σ(alpha·gate)·(up + up_offset), where with `limit` gate is no larger than limit and up within ±limit, and what
+    was clamped has no gradient. GPT-OSS is alpha=1.702, limit=7.0, up_offset=1.0. Gradients: grad·silu(gate) and
+    grad·up·silu'(gate), the second exact in the tails as `silu` is.
+
+    Args:
+        gate: a tensor of any shape and float dtype.
+        up: a tensor that broadcasts with `gate`; another dtype promotes, as in torch.
+        alpha: scales the gate inside of σ; positive and finite.
+        limit: not negative; None clamps nothing.
+        up_offset: is added to `up`; finite.
+
+    Saved for backward: the tensors as they are, or as promoted, and nothing else.
+
+    Raises:
+        TypeError: `gate` or `up` is not a tensor of a float dtype, or an option not a number.
+        ValueError: shapes that do not broadcast, two devices, an option out of range.
+
+    Example:
+        >>> torch_sigmoid.swiglu(torch.zeros(2, 8), torch.ones(2, 8)).shape
+        torch.Size([2, 8])
+    """
+    check_tensors("swiglu", gate=gate, up=up)
+    check_floats("swiglu", gate=gate, up=up)
+    operator = _swiglu_operator("swiglu", None, alpha, limit, up_offset)
+    check_devices("swiglu", gate=gate, up=up)
+    gate, up = promoted(gate, up)
+    if not (is_ours(gate) and is_ours(up)):
+        return _swiglu_in_torch("swiglu", gate, up, operator)
+    if gate.shape != up.shape:
+        try:
+            gate, up = torch.broadcast_tensors(gate, up)
+        except RuntimeError:
+            shapes = f"{tuple(gate.shape)} and {tuple(up.shape)}"
+            raise ValueError(f"swiglu(): gate and up must broadcast together, got shapes {shapes}") from None
+    return record(operator, gate, up)
 
 
-def apply(operator: Unary | Gated, *tensors: Tensor) -> Tensor:
-    """operator(*tensors), recorded where anything listens; in torch operators where only these are seen."""
-    if ops.only_torch_operators_are_seen():
-        if tensors[0].dim() == 0:
-            # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
-            return operator.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
-        return operator.formula(*tensors)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return OperatorFunction.apply(operator, *tensors)
-    if not torch.is_grad_enabled():
-        return operator.forward(*tensors)
-    if any(tensor.requires_grad for tensor in tensors):
-        return _apply_eager(operator, *map(_recordable, tensors))
-    with torch.no_grad():  # so that the formulas know that nothing listens
-        return operator.forward(*tensors)
+@overridable
+def swiglu_packed(
+    packed: Tensor, dim: int = -1, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0
+) -> Tensor:
+    r"""`swiglu(gate, up)` for the halves gate, up of one tensor along `dim`, such as one matrix product gives.
+
+    The halves are read in place, and their gradient is written into one tensor like `packed`.
+
+    Args:
+        packed: a tensor of float dtype with at least one dimension; saved for backward, and nothing else.
+        dim: the dimension to halve, of even size.
+        alpha, limit, up_offset: as in `swiglu`.
+
+    Raises:
+        TypeError: `packed` is not a tensor of a float dtype, or an option not a number.
+        ValueError: an option out of range.
+        RuntimeError: the size of `dim` is odd, or there is no dimension.
+        IndexError: `dim` is out of range.
+
+    Example:
+        >>> torch_sigmoid.swiglu_packed(torch.ones(2, 16)).shape
+        torch.Size([2, 8])
+    """
+    check_tensors("swiglu_packed", packed=packed)
+    check_floats("swiglu_packed", packed=packed)
+    operator = _swiglu_operator("swiglu_packed", halved_dim("swiglu_packed", packed, dim), alpha, limit, up_offset)
+    if not is_ours(packed):
+        return _swiglu_in_torch("swiglu_packed", *packed.chunk(2, operator.dim), operator)
+    return record(operator, packed)
+
+
+def _swiglu_operator(caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float) -> Gated:
+    check_swiglu_options(caller, alpha, limit, up_offset)
+    limit = None if limit is None or limit == math.inf else float(limit)
+    return Gated("silu", dim, True, float(alpha), limit, float(up_offset))
+
+
+def _swiglu_in_torch(caller: str, gate: Tensor, up: Tensor, operator: Gated) -> Tensor:
+    """For what torch has operators of its own: complex, sparse and nested tensors."""
+    if operator.constants != Gated("silu").constants:
+        found = f"{described(gate)} and {described(up)}"
+        raise TypeError(f"{caller}(): alpha, limit and up_offset need {DENSE_FLOATS} tensors, got {found}")
+    return torch.nn.functional.silu(gate) * up

@@ -1,43 +1,58 @@
-"""The binary losses, on values and in autograd: binary cross entropy with logits, and sigmoid focal loss.
+"""The binary losses: cross entropy with logits, and sigmoid focal loss. The operator, then the functions.
 
-One Triton kernel each for forward, backward and double backward where that can run, reduction included; else the same formulas
-in torch operators. Two Functions, which save what they were given and nothing else:
+    loss = L(x, target, …)          saves x, target and weights
+    grad_x = grad_output·L'
 
-    loss = L(x, target, …)                  LossFunction            saves x, target and weights
-    grad_x = grad_output·L'                 LossBackwardFunction    saves grad_output and the same
-
-They differentiate in x alone, in ordinary reverse mode. Where a gradient of target or weights is asked for, under transforms,
-forward mode and tracers, the formula itself is recorded: autograd then derives every derivative, in all of its arguments.
+Their Functions differentiate in x alone, in ordinary reverse mode. Where a gradient of target or weights is asked for, under
+transforms, forward mode and tracers, the formula itself is recorded: autograd then derives every derivative, in all arguments.
 """
 
-import math
-from dataclasses import dataclass
+import contextlib
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.nn import functional as F
 
-from . import ops
-from .autograd import differentiable_again, more_than_reverse_mode_listens
-from .gates import FAR, SHIFTED_FROM, exp_scaled
-from .ops import kernels
+from . import kernels
+from .autograd import Operator, record
+from .checks import (
+    DENSE_FLOATS,
+    check_devices,
+    check_floats,
+    check_loss_options,
+    check_targets,
+    check_tensors,
+    described,
+    is_value_of,
+    overridable,
+    weight_for,
+)
+from .dispatch import TRACER, TRANSFORM, is_ours, launchable, listener
+from .formulas import upcast, weighted_loss
 
-# e^NEAR and its reciprocal are normal numbers.
-NEAR = {torch.float32: 80.0, torch.float64: 700.0}
-# Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
-GAMMA_BITS, LOG_STEPS = 8, 64.0
+Reduction = Literal["none", "mean", "sum"]
 
 
 @dataclass(frozen=True)
-class Loss:
-    """v·ℓ(x), elementwise or reduced; see kernels/maths.py for ℓ. Binary cross entropy if `gamma` is 0."""
+class Loss(Operator):
+    """v·ℓ(x), elementwise or reduced; see kernels/maths.py for ℓ. Binary cross entropy if `gamma` is 0.
+
+    The operands are x, target, weight and pos_weight, the last two of which may be None; for backward, the count of targets
+    that are not ignored comes after them, None where that is the number of elements.
+    """
 
     gamma: float = 0.0
     alpha: float | None = None
     label_smoothing: float = 0.0
     ignore_index: int | None = None
     reduction: str = "mean"
+    # Of the result. It says nothing of the kernels, which are kept by the rest.
+    dtype: torch.dtype = field(default=torch.float32, compare=False)
+
+    n_differentiable = 1
+    formula_from = TRANSFORM
 
     def parts(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None):
         """v, and the positive and the negative part of the target, in the dtype of x."""
@@ -61,8 +76,7 @@ class Loss:
             ignored = target == self.ignore_index
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
-        compute = weighted_loss_nearby if order < 2 and is_nearby(x) else weighted_loss
-        result = compute(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+        result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
 
     def count(self, target: Tensor) -> Tensor | None:
@@ -77,12 +91,12 @@ class Loss:
         total = elements.sum()
         return total if self.reduction == "sum" else total / (elements.numel() if count is None else count)
 
-    def formula(self, x, target, weight, pos_weight, dtype: torch.dtype, targets_vary: bool = True) -> Tensor:
+    def _value(self, x, target, weight, pos_weight, targets_vary) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
-            return self.formula(x.unsqueeze(0), target, weight, pos_weight, dtype, targets_vary).reshape(())
-        elements = self.elements(0, 1.0, wide(x), target, weight, pos_weight, targets_vary)
-        return self.reduced(elements, self.count(target)).to(dtype)
+            return self._value(x.unsqueeze(0), target, weight, pos_weight, targets_vary).reshape(())
+        elements = self.elements(0, 1.0, upcast(x), target, weight, pos_weight, targets_vary)
+        return self.reduced(elements, self.count(target)).to(self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
         """The gradient that reaches each element."""
@@ -90,198 +104,186 @@ class Loss:
             return grad_output
         return grad_output / (x.numel() if count is None else count)
 
-    def backward_formula(self, grad_output, x, target, weight, pos_weight, count) -> Tensor:
-        grad = self.upstream(grad_output.to(wide(x).dtype), x, count)
-        return self.elements(1, grad, wide(x), target, weight, pos_weight, False).to(x.dtype)
+    def formula(self, x, target, weight, pos_weight):
+        return self._value(x, target, weight, pos_weight, targets_vary=True)
 
-    def double_backward_formula(self, w, grad_output, x, target, weight, pos_weight, count):
-        w = self.upstream(w.to(wide(x).dtype), x, count)
-        to_x = self.elements(2, w * grad_output.to(w.dtype), wide(x), target, weight, pos_weight, False)
-        to_grad_output = self.elements(1, w, wide(x), target, weight, pos_weight, False)
+    def backward_formula(self, grad_output, x, target, weight, pos_weight, count):
+        wide = upcast(x)
+        grad = self.upstream(grad_output.to(wide.dtype), x, count)
+        return (self.elements(1, grad, wide, target, weight, pos_weight, False).to(x.dtype),)
+
+    def double_backward_formula(self, grads, grad_output, x, target, weight, pos_weight, count):
+        (w,), wide = grads, upcast(x)
+        w = self.upstream(w.to(wide.dtype), x, count)
+        to_x = self.elements(2, w * grad_output.to(w.dtype), wide, target, weight, pos_weight, False)
+        to_grad_output = self.elements(1, w, wide, target, weight, pos_weight, False)
         if self.reduction != "none":
             to_grad_output = to_grad_output.sum()
         return to_grad_output.to(grad_output.dtype), to_x.to(x.dtype)
 
-    def forward(self, x, target, weight, pos_weight, dtype):
-        """The loss, and the count that its mean is divided by, if that is not the number of elements."""
+    def forward(self, x, target, weight, pos_weight):
         if x.numel() and launchable(x, target, weight, pos_weight):
-            return kernels.losses.loss_forward(x, target, weight, pos_weight, self, dtype)
-        return self.formula(x, target, weight, pos_weight, dtype, targets_vary=False), self.count(target)
+            return kernels.losses.loss_forward(x, target, weight, pos_weight, self, self.dtype)
+        return self._value(x, target, weight, pos_weight, targets_vary=False), self.count(target)
 
-    def backward(self, grad_output, x, target, weight, pos_weight, count):
-        if x.numel() and launchable(x, grad_output, target, weight, pos_weight, count):
-            return kernels.losses.loss_backward(grad_output, x, target, weight, pos_weight, count, self)
-        return self.backward_formula(grad_output, x, target, weight, pos_weight, count)
+    def backward(self, grad_output, x, *others):
+        if x.numel() and launchable(x, grad_output, *others):
+            return (kernels.losses.loss_backward(grad_output, x, *others, self),)
+        return self.backward_formula(grad_output, x, *others)
 
-    def double_backward(self, w, grad_output, x, target, weight, pos_weight, count):
-        if x.numel() and launchable(x, w, grad_output, target, weight, pos_weight, count):
-            return kernels.losses.loss_double_backward(w, grad_output, x, target, weight, pos_weight, count, self)
-        return self.double_backward_formula(w, grad_output, x, target, weight, pos_weight, count)
-
-
-def wide(x: Tensor) -> Tensor:
-    return ops.upcast(x)[0]
+    def double_backward(self, grads, grad_output, x, *others):
+        (w,) = grads
+        if x.numel() and launchable(x, w, grad_output, *others):
+            return kernels.losses.loss_double_backward(w, grad_output, x, *others, self)
+        return self.double_backward_formula(grads, grad_output, x, *others)
 
 
-def launchable(x: Tensor, *others: Tensor | None) -> bool:
-    return ops.launchable(x, *(tensor for tensor in others if tensor is not None))
+# How many `debug` contexts surround this call; each thread and each asyncio task has a count of its own.
+_debug_depth: ContextVar[int] = ContextVar("torch_sigmoid.debug", default=0)
 
 
-def weighted_loss(
-    v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int, targets_vary: bool
-) -> Tensor:
-    """v·ℓ(x), v·ℓ'(x) or v·ℓ"(x), by `order`: see kernels/maths.py, whose formulas these are.
+class debug(contextlib.ContextDecorator):
+    """A context in which the losses look at the values of their targets: `with torch_sigmoid.debug(): …`, or as a decorator.
 
-    Differentiable in v and x; for order 0 and `targets_vary` in positive and negative too. v multiplies the sum and not its
-    terms, one of which may be 0: so an infinite v makes a loss above 0 infinite, as in torch, and not NaN.
+    A target outside of [0, 1] that is not ignored, or is NaN, is then a ValueError. To find out, the host waits for the device
+    at every call, which is why it is not done elsewhere. Compiled functions, and tensors without values, are not looked at.
+    Other threads and asyncio tasks are not affected.
     """
-    above = x >= 0
-    distance = torch.where(above, x, -x)
-    near = distance.clamp(max=FAR)
-    wrong, right = torch.where(above, negative, positive), torch.where(above, positive, negative)
-    e, scale = exp_scaled(-distance)
-    tail = e * scale
-    one_plus = 1 + tail
-    clear = wrong == 0
-    if order == 0 or gamma:
-        log_one = torch.log1p(tail)
-    if gamma:
-        # Each branch of a `where` is differentiated, so each is finite where the other is taken.
-        mixture = torch.where(clear, 1.0, wrong + right * tail)
-        log_clear = -near
-        if targets_vary:
-            inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
-            log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
-        focus = power(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
-        if order == 0:
-            # Where the loss is infinite it is a line: with ∞·0 for the rest of its derivative there would be none.
-            focus = torch.where(distance.isinf(), focus.detach(), focus)
-        v = v * focus
-    if order == 0:
-        # A loss that does not count is 0 at an infinite logit too.
-        distance = torch.where(distance.isinf() & (clear | (v == 0)), near, distance)
-        return v * (wrong * (distance + log_one) + right * log_one)
-    if order == 1 or gamma:
-        slope = v * torch.where(clear, -right * e, wrong - right * tail) / one_plus
-        slope = result = slope * torch.where(clear, scale, 1.0)
-    if order == 2:
-        result = v * (wrong + right) * e / one_plus**2 * scale
-    if gamma:
-        loss = v * (wrong * (near + log_one) + right * log_one)
-        q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
-        if order == 1:
-            result = result + gamma * loss * q
-        else:
-            bend = (gamma - 1) * q - (1 - tail) / one_plus
-            result = result + gamma * q * (2 * slope + loss * bend)
-    return torch.where(above, result, -result) if order == 1 else result
+
+    def __enter__(self) -> None:
+        _debug_depth.set(_debug_depth.get() + 1)
+
+    def __exit__(self, *exception) -> None:
+        _debug_depth.set(_debug_depth.get() - 1)
 
 
-def is_nearby(x: Tensor) -> bool:
-    """Whether only values are wanted, on a CPU, and no e^-|x| is lost; a NaN among x says nothing of the others."""
-    return (
-        x.device.type == "cpu"
-        and not differentiable_again()
-        and ops.computes_eagerly(x)
-        and x.numel() > 0
-        and bool(x.abs().amax() <= -SHIFTED_FROM)
-    )
-
-
-def weighted_loss_nearby(
-    v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int, targets_vary: bool
+@overridable
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
 ) -> Tensor:
-    """`weighted_loss` of order 0 or 1 from the definitions, by torch's fused operators, at a fraction of the cost on a CPU."""
-    if order or gamma:
-        p, q = torch.sigmoid(x), torch.sigmoid(-x)
-    if order == 0 or gamma:
-        linear = negative * x.clamp(min=0) - positive * x.clamp(max=0)
-        loss = torch.addcmul(linear, positive + negative, F.logsigmoid(x.abs()), value=-1)
-    result = loss if order == 0 else torch.addcmul(negative * p, positive, q, value=-1)
-    if gamma:
-        u = torch.addcmul(positive * q, negative, p)
-        if order:
-            result.addcmul_(loss.mul_(negative - positive), p.mul_(q).div_(u), value=gamma)
-        result = result.mul_(u.pow_(gamma))
-    return result if isinstance(v, float) and v == 1 else v * result
+    r"""weight·(pos_weight·t·log(1 + e^-x) + (1-t)·log(1 + e^x)) for logits x and targets t: torch's function, with more.
+
+    Neither term cancels or overflows, and each gradient, weight·((1-t)·σ(x) - pos_weight·t·σ(-x)), is exact in both tails: in
+    bf16 the gradient of torch.nn.functional.binary_cross_entropy_with_logits at t = 1 is 0 from x = 6.25 on. Forward,
+    backward and double backward are one pass over the tensors each, the reduction included; sums are taken in fp32 (fp64 for
+    fp64), in an order that depends on shapes, strides and dtypes only.
+
+    Args:
+        input: logits x, of any shape and float dtype.
+        target: of input's shape: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for (see
+            `debug`).
+        weight: broadcasts to input's shape.
+        size_average, reduce: torch's deprecated forms of `reduction`.
+        reduction: "none", "mean" (over all elements that are not ignored) or "sum".
+        pos_weight: of the positive part of the target; broadcasts to input's shape.
+        label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
+        ignore_index: elements of this target, a value that its dtype has, have neither loss nor gradient. If all are ignored
+            a mean is NaN.
+
+    Returns:
+        The loss, in the dtype that input and target promote to; at least fp32 under autocast.
+
+    Saved for backward: the tensors as they were given (logits as fp64 if the target is), and the count of what was not
+    ignored. Under transforms, forward mode, or where target or weights require a gradient (all of them may), what autograd
+    keeps of the formula.
+
+    Raises:
+        TypeError: an argument is no tensor, or not of a dtype described above.
+        ValueError: target's shape is not input's, a weight does not broadcast, two devices, an unknown reduction, a smoothing
+            out of range.
+    """
+    if size_average is not None or reduce is not None:
+        # None stands for True in either.
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    caller = "binary_cross_entropy_with_logits"
+    check_tensors(caller, input=input, target=target)
+    check_floats(caller, input=input)
+    check_loss_options(caller, reduction, label_smoothing, ignore_index)
+    options = 0.0, None, float(label_smoothing), ignore_index, reduction
+    if not (is_ours(input) and target.layout is torch.strided and not target.is_nested):
+        if label_smoothing or ignore_index is not None:
+            found = f"{described(input)} with target {described(target)}"
+            raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense tensors, got {found}")
+        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
+    return _loss(caller, options, "input", input, "target", target, weight, pos_weight)
 
 
-def power(gamma: float, first: Tensor, second: Tensor) -> Tensor:
-    """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
-    steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
-    fraction, exponent = math.frexp(gamma)
-    large = math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
-    product, rest = large * steps, (gamma - large) * steps + gamma * (first - steps + second)
-    exponent = product + rest
-    value = torch.exp(exponent)
-    return value + value * ((product - exponent) + rest)
-
-
-class LossFunction(Function):
-    """L(x, target, …), differentiable in x."""
-
-    @staticmethod
-    def forward(ctx, loss, dtype, x, target, weight, pos_weight):
-        result, count = loss.forward(x, target, weight, pos_weight, dtype)
-        ctx.loss = loss
-        ctx.save_for_backward(x, target, weight, pos_weight, count)
-        ctx.set_materialize_grads(False)
-        return result
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        nothing = (None,) * 6
-        if grad_output is None:
-            return nothing
-        return *nothing[:2], loss_backward(ctx.loss, grad_output, *ctx.saved_tensors), *nothing[3:]
-
-
-class LossBackwardFunction(Function):
-    """grad_output·L' as a differentiable function of grad_output and x."""
-
-    @staticmethod
-    def forward(ctx, loss, grad_output, *saved):
-        ctx.loss = loss
-        ctx.save_for_backward(grad_output, *saved)
-        ctx.set_materialize_grads(False)
-        return loss.backward(grad_output, *saved)
-
-    @staticmethod
-    def backward(ctx, w):
-        nothing = (None,) * 7
-        if w is None:
-            return nothing
-        loss = ctx.loss
-        derive = loss.double_backward_formula if differentiable_again() else loss.double_backward
-        return nothing[0], *derive(w, *ctx.saved_tensors), *nothing[3:]
-
-
-_apply = super(Function, LossFunction).apply
-_apply_backward = super(Function, LossBackwardFunction).apply
-
-
-def loss_backward(loss: Loss, grad_output: Tensor, x: Tensor, *others: Tensor | None) -> Tensor:
-    """grad_output·L', differentiable where that is asked for."""
-    if not differentiable_again():
-        return loss.backward(grad_output, x, *others)
-    if torch._C._functorch.is_legacy_batchedtensor(grad_output):
-        # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
-        return loss.backward_formula(grad_output, x, *others)
-    return _apply_backward(loss, grad_output, x, *others)
-
-
-def apply(
-    loss: Loss, dtype: torch.dtype, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+@overridable
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: Reduction = "none",
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss in `dtype`, recorded where anything listens."""
-    if more_than_reverse_mode_listens() or (
-        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (target, weight, pos_weight))
-    ):
-        return loss.formula(x, target, weight, pos_weight, dtype)
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        with torch.no_grad():  # so that the formulas know that nothing listens
-            return loss.forward(x, target, weight, pos_weight, dtype)[0]
-    # A tensor that has outlived its transform is a wrapper of the one that the graph knows.
-    unwrap = torch._C._functorch.unwrap_if_dead
-    tensors = [None if tensor is None else unwrap(tensor) for tensor in (x, target, weight, pos_weight)]
-    return _apply(loss, dtype, *tensors)
+    r"""α_t·(1 - p_t)^γ·BCE(x, t) for logits x and targets t, the focal loss of Lin et al. 2017, as torchvision.ops has it.
+
+    1 - p_t = t·σ(-x) + (1-t)·σ(x), which does not cancel, and α_t = α·t + (1-α)·(1-t). 1 - p_t does not underflow before its
+    power is taken, by a product where γ is a small integer and else in log space: value and gradient are finite for every γ,
+    0 < γ < 1 included, and every logit, ±∞ included (but for the value where it is infinite itself: a logit of ±∞ against its
+    target).
+
+    Args:
+        inputs: logits x, of any shape and float dtype.
+        targets: of the shape of inputs: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for
+            (see `debug`).
+        alpha: in [0, 1], the weight of positive targets; -1 for no weights.
+        gamma: in [0, 1e6]. Each pair of alpha and gamma compiles kernels of its own, once.
+        reduction: "none", "mean" (over all elements that are not ignored) or "sum".
+        label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
+        ignore_index: elements of this target have neither loss nor gradient.
+        weight: broadcasts to the shape of inputs.
+
+    Returns, saves and raises as `binary_cross_entropy_with_logits`; a ValueError also for an alpha or gamma out of range.
+    """
+    caller = "sigmoid_focal_loss"
+    check_tensors(caller, inputs=inputs, targets=targets)
+    check_floats(caller, inputs=inputs)
+    check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha, gamma)
+    if not (is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested):
+        found = f"{described(inputs)} with targets {described(targets)}"
+        raise TypeError(f"{caller}(): logits must be {DENSE_FLOATS}, and targets dense, got {found}")
+    options = float(gamma), None if alpha == -1 else float(alpha), float(label_smoothing), ignore_index, reduction
+    return _loss(caller, options, "inputs", inputs, "targets", targets, weight, None)
+
+
+def _loss(caller, options, input_name, input, target_name, target, weight, pos_weight):
+    """Checks what the losses have in common, decides on dtypes, and computes."""
+    *_, ignore_index, _ = options
+    if target.shape != input.shape:
+        shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        raise ValueError(f"{caller}(): {target_name} must have the shape of {input_name}, {shapes}")
+    if target.is_complex():
+        raise TypeError(f"{caller}(): {target_name} must be floats, integers or bool, got {target.dtype}")
+    if ignore_index is not None and not is_value_of(ignore_index, target.dtype):
+        raise ValueError(f"{caller}(): ignore_index must be a value that {target.dtype} has, got {ignore_index}")
+    weight = weight_for(caller, "weight", weight, input)
+    pos_weight = weight_for(caller, "pos_weight", pos_weight, input)
+    check_devices(caller, **{input_name: input, target_name: target})
+    if listener() != TRACER and _debug_depth.get():
+        check_targets(caller, target_name, target, ignore_index)
+    dtype = input.dtype
+    if target.dtype is not dtype and target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+    if dtype is torch.float64:
+        input = input.double()
+    elif autocasts(input.device.type):
+        dtype = torch.float32
+    return record(Loss(*options, dtype), input, target, weight, pos_weight)
+
+
+def autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -5,7 +5,9 @@ import copy
 import torch
 from torch import Tensor
 
-from . import checks, functional, ops
+from . import checks, functional
+from .dispatch import KERNELS_EXIST, Save
+from .losses import Reduction
 
 __all__ = [
     "GLU",
@@ -17,10 +19,11 @@ __all__ = [
     "SigmoidFocalLoss",
     "SigmoidGate",
     "SwiGLU",
+    "SwiGLUPacked",
 ]
 
 # Where no kernel can run, the layer must not cost more than torch's: fp32 takes the shortest way to what `sigmoid` would do.
-_TORCH_ALONE = not ops.KERNELS_EXIST
+_TORCH_ALONE = not KERNELS_EXIST
 _FLOAT32 = torch.float32
 
 
@@ -41,48 +44,35 @@ class Sigmoid(torch.nn.Sigmoid):
         ValueError: `save` is neither "output" nor "input", or is "input" together with `inplace`.
     """
 
-    def __init__(self, save: str = "output", inplace: bool = False) -> None:
+    save: Save = "output"
+    inplace: bool = False
+
+    def __init__(self, *, save: Save = "output", inplace: bool = False) -> None:
         super().__init__()
-        self._mode = _mode(save, inplace)
+        checks.check_save(save)
+        self.save = save
+        self.inplace = inplace
+        self._check_inplace()
 
-    @property
-    def save(self) -> str:
-        return "input" if self._mode == "input" else "output"
+    def _check_inplace(self) -> None:
+        if self.inplace and self.save == "input":
+            raise ValueError('save="input" needs the input that inplace=True overwrites; expected one of the two')
 
-    @save.setter
-    def save(self, save: str) -> None:
-        self._mode = _mode(save, self.inplace)
-
-    @property
-    def inplace(self) -> bool:
-        return self._mode == "inplace"
-
-    @inplace.setter
-    def inplace(self, inplace: bool) -> None:
-        self._mode = _mode(self.save, inplace)
-
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles in place of this layer: TorchScript has torch's own operator only."""
         return torch.nn.Sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:
-        mode = self._mode
-        if mode == "output" and _TORCH_ALONE and input.dtype is _FLOAT32:
-            return input.sigmoid()
-        if mode == "inplace":
+        if self.inplace:
+            self._check_inplace()
             return functional.sigmoid_(input)
-        return functional.sigmoid(input, save=mode)
+        save = self.save
+        if _TORCH_ALONE and save == "output" and type(input) is Tensor and input.dtype is _FLOAT32:
+            return input.sigmoid()
+        return functional.sigmoid(input, save=save)
 
     def extra_repr(self) -> str:
-        return {"output": "", "input": "save='input'", "inplace": "inplace=True"}[self._mode]
-
-
-def _mode(save: str, inplace: bool) -> str:
-    """The two options in one word, which is all that a forward has to read."""
-    checks.check_save(save)
-    if inplace and save == "input":
-        raise ValueError('save="input" needs the input that inplace=True overwrites; expected one of the two')
-    return "inplace" if inplace else save
+        return "inplace=True" if self.inplace else "" if self.save == "output" else f"save={self.save!r}"
 
 
 class LogSigmoid(torch.nn.LogSigmoid):
@@ -131,25 +121,44 @@ class SigmoidGate(torch.nn.Module):
 
 
 class SwiGLU(torch.nn.Module):
-    """silu(gate)·up, called with both, or with one tensor of which they are the halves. See `torch_sigmoid.swiglu`.
+    """silu(gate)·up, called with both. See `torch_sigmoid.swiglu`.
+
+    Args:
+        alpha, limit, up_offset: of the clamped form; GPT-OSS has 1.702, 7.0 and 1.0.
+    """
+
+    def __init__(self, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
+        super().__init__()
+        checks.check_swiglu_options(type(self).__name__, alpha, limit, up_offset)
+        self.alpha = alpha
+        self.limit = limit
+        self.up_offset = up_offset
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.swiglu(gate, up, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+
+    def extra_repr(self) -> str:
+        clamped = (self.alpha, self.limit, self.up_offset) != (1, None, 0)
+        return f"alpha={self.alpha}, limit={self.limit}, up_offset={self.up_offset}" * clamped
+
+
+class SwiGLUPacked(SwiGLU):
+    """silu(gate)·up for the halves gate, up of one tensor. See `torch_sigmoid.swiglu_packed`.
 
     Args:
         dim: the dimension to halve.
-        alpha, limit: for the clamped form of GPT-OSS: 1.702 and 7.0.
+        alpha, limit, up_offset: as in `SwiGLU`.
     """
 
-    def __init__(self, dim: int = -1, *, alpha: float | None = None, limit: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, dim: int = -1, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
+        super().__init__(alpha=alpha, limit=limit, up_offset=up_offset)
         self.dim = dim
-        self.alpha = alpha
-        self.limit = limit
 
-    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        return functional.swiglu(gate, up, self.dim, alpha=self.alpha, limit=self.limit)
+    def forward(self, packed: Tensor) -> Tensor:  # type: ignore[override]
+        return functional.swiglu_packed(packed, self.dim, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
 
     def extra_repr(self) -> str:
-        clamped = self.alpha is not None or self.limit is not None
-        return f"dim={self.dim}" + f", alpha={self.alpha}, limit={self.limit}" * clamped
+        return ", ".join(filter(None, (f"dim={self.dim}", super().extra_repr())))
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -170,7 +179,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         weight: Tensor | None = None,
         size_average: bool | None = None,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         pos_weight: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
@@ -211,7 +220,7 @@ class SigmoidFocalLoss(torch.nn.Module):
         self,
         alpha: float = 0.25,
         gamma: float = 2.0,
-        reduction: str = "none",
+        reduction: Reduction = "none",
         *,
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,

@@ -15,10 +15,22 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
-from .autograd import differentiable_again, more_than_reverse_mode_listens
-from .gates import weighted
-from .ops import kernels
+from . import kernels
+from .checks import (
+    DENSE_FLOATS,
+    check_chunk_size,
+    check_devices,
+    check_tensors,
+    described,
+    number_for,
+    overridable,
+    process_group,
+    promoted,
+)
+from .dispatch import NOBODY, TRANSFORM, is_ours, launchable, listener
+from .formulas import upcast, weighted
+from .internals import apply_of, graph_break, store_of, unwrap_if_dead
+from .losses import autocasts
 
 
 def _chunks(image: Tensor, chunk_size: int):
@@ -36,7 +48,7 @@ class Pairs:
         self.scale, self.bias = scale, bias
         self.rows = _chunks(image, chunk_size)
         size = image.shape[0]
-        self.launches = size > 1 and ops.launchable(image, text, scale, bias)
+        self.launches = size > 1 and launchable(image, text, scale, bias)
         programs = kernels.siglip.programs_of(min(chunk_size, size), size) if self.launches else 1
         self.sums = image.new_zeros((n_ranks, len(self.rows), kinds, programs), dtype=_sum_type(image))
         if self.launches:
@@ -57,7 +69,7 @@ class Pairs:
         if self.launches:
             kernels.siglip.pairs_forward(similarity, self._labels(rank, chunk), self.scale, self.bias, sums)
             return
-        logits = ops.upcast(similarity)[0].mul_(self.scale).add_(self.bias)
+        logits = upcast(similarity).mul_(self.scale).add_(self.bias)
         if rank == 0:
             logits.diagonal(self.rows[chunk].start).neg_()
         sums[0] = -torch.nn.functional.logsigmoid(logits.neg_()).sum()
@@ -69,7 +81,7 @@ class Pairs:
             labels = self._labels(rank, chunk)
             kernels.siglip.pairs_gradient(similarity, labels, self.scale, self.bias, of_scale, of_bias)
             return similarity
-        (wide,) = ops.upcast(similarity)
+        wide = upcast(similarity)
         gradient = wide * self.scale + self.bias
         together = gradient.diagonal(self.rows[chunk].start) if rank == 0 else gradient[:0]
         together.neg_()
@@ -153,7 +165,7 @@ class SigLIPFunction(Function):
     @staticmethod
     def backward(ctx, grad_output):
         image, text, scale, bias = ctx.saved_tensors
-        if differentiable_again():
+        if listener() != NOBODY:
             if isinstance(ctx.ring, Ring):
                 raise RuntimeError("siglip_loss(): with a process group there is no second derivative; got create_graph=True")
             return *gradients_formula(grad_output, image, text, scale, bias, ctx.chunk_size), None, None, None
@@ -197,7 +209,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor):
     """⟨image, text⟩ of some rows, z, and which pairs belong together; differentiable."""
-    (similarity,) = ops.upcast(image[rows] @ text.mT)
+    similarity = upcast(image[rows] @ text.mT)
     logits = similarity * scale + bias
     together = torch.zeros_like(logits, dtype=torch.bool)
     together.diagonal(rows.start).fill_(1)
@@ -220,7 +232,7 @@ def gradients_formula(grad_output: Tensor, image: Tensor, text: Tensor, scale: T
     def of_chunk(grad, image, text, scale, bias, rows):
         similarity, z, together = _logits(image, text, rows, scale, bias)
         pairs = weighted(torch.where(together, -grad, grad), z, "sigmoid", 0)
-        wide_image, wide_text = ops.upcast(image[rows], text)
+        wide_image, wide_text = upcast(image[rows]), upcast(text)
         return scale * (pairs @ wide_text), scale * (pairs.mT @ wide_image), (pairs * similarity).sum(), pairs.sum()
 
     parts = [
@@ -231,14 +243,14 @@ def gradients_formula(grad_output: Tensor, image: Tensor, text: Tensor, scale: T
     return tuple(result.to(of.dtype) for result, of in zip(results, (image, text, scale, bias)))
 
 
-_apply = super(Function, SigLIPFunction).apply
+_apply = apply_of(SigLIPFunction)
 
 
 def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, group, dtype: torch.dtype) -> Tensor:
     """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
-    if more_than_reverse_mode_listens() or not image.numel():
+    if listener() >= TRANSFORM or not image.numel():
         return formula(image, text, scale, bias, chunk_size, dtype)
-    tensors = map(torch._C._functorch.unwrap_if_dead, (image, text, scale, bias))
+    tensors = map(unwrap_if_dead, (image, text, scale, bias))
     return _apply(*tensors, chunk_size, group, dtype)
 
 
@@ -247,7 +259,7 @@ _calls: dict[str, int] = {}
 
 def told_by_ranks(group, told: str) -> list[str]:
     """What each rank tells the others at this call, over the group's store: hosts talk, and no device is waited for."""
-    store = dist.distributed_c10d._get_process_group_store(group)
+    store = store_of(group)
     call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -260,3 +272,90 @@ def told_by_ranks(group, told: str) -> list[str]:
         # Every rank has begun this call, so all have read what was told at the last one.
         store.delete_key(key(call - 1, rank))
     return [each.decode() for each in found]
+
+
+@overridable
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    chunk_size: int = 256,
+    group: "torch.distributed.ProcessGroup | str | None" = None,
+) -> Tensor:
+    r"""-1/B·Σ_ij log σ(z_ij·(logit_scale·⟨image_i, text_j⟩ + logit_bias)), z = 1 for i = j, else -1: the loss of SigLIP.
+
+    Sigmoid loss for language image pre-training, Zhai et al. 2023, in the form of open_clip: `logit_scale` multiplies as it is
+    (what a model learns is its logarithm), and the sum is divided by the batch size B. Of the B × B matrix `chunk_size` rows
+    exist at a time, in forward and, computed again, in backward: O(chunk_size·B) memory. The matrix products are
+    torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32 (fp64 for fp64). In fp16, ∂loss/∂logit of a pair
+    below 6e-8 is lost in those products, as in torch; bf16 keeps it.
+
+    With a process group each rank passes its own features, and text features go around the ring of ranks. Every rank gets the
+    loss of the whole batch, that of all ranks together. Its gradients are those of the sum over all ranks divided by its own
+    batch size: averaged over ranks, as DistributedDataParallel averages them, the gradients of parameters, scale and bias are
+    those of that loss.
+
+    Args:
+        image_features, text_features: (B, D) each, float, usually normalised.
+        logit_scale, logit_bias: tensors of one element, or numbers; no bias if None.
+        chunk_size: rows of the matrix at a time.
+        group: a process group, or "world" for the one that torch.distributed.init_process_group makes. All of its ranks must
+            call, with the same B, D and dtype, and all or none of them for a gradient of each argument. What they have is
+            compared over the group's store at each call, without waiting for a device. Under torch.compile it breaks the graph.
+
+    Returns:
+        The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
+
+    Saved for backward: the features, scale and bias. Differentiable twice and more but for process groups, which know
+    eager reverse mode only.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: features that are no matrices of one shape, two devices, a scale or bias of more than one element, a
+            chunk_size below 1, a rank with another batch size; then every rank raises.
+        RuntimeError: `group` together with create_graph=True, transforms or forward mode.
+    """
+    arguments = image_features, text_features, logit_scale, logit_bias
+    if group is None:
+        *operands, dtype = _siglip_operands(*arguments, chunk_size)
+        return apply(*operands, chunk_size, None, dtype)
+    if torch.compiler.is_compiling():
+        graph_break()
+    group = process_group(group)
+    # Whatever is wrong on one rank, the others are told, who would wait for it.
+    try:
+        *operands, dtype = _siglip_operands(*arguments, chunk_size)
+    except (TypeError, ValueError) as error:
+        told_by_ranks(group, str(error))
+        raise
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in operands]
+    found = told_by_ranks(group, f"{tuple(operands[0].shape)} {operands[0].dtype}, gradients {needs}")
+    if len(set(found)) > 1:
+        raise ValueError(f"siglip_loss(): all ranks must have features of one shape and dtype, got {'; '.join(found)}")
+    if len(found) > 1 and listener() >= TRANSFORM:
+        raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
+    return apply(*operands, chunk_size, group, dtype)
+
+
+def _siglip_operands(image_features, text_features, logit_scale, logit_bias, chunk_size):
+    """Features, scale and bias as they are computed with, and the dtype of the loss."""
+    caller = "siglip_loss"
+    features = {"image_features": image_features, "text_features": text_features}
+    check_tensors(caller, **features)
+    shapes = f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+        raise ValueError(f"{caller}(): image_features and text_features must be of one shape (B, D), {shapes}")
+    check_chunk_size(chunk_size)
+    check_devices(caller, **features)
+    image, text = promoted(image_features, text_features)
+    if not (is_ours(image) and is_ours(text)):
+        raise TypeError(f"{caller}(): features must be {DENSE_FLOATS}, got {described(image)} and {described(text)}")
+    dtype = image.dtype
+    if autocasts(image.device.type) and dtype is not torch.float64:
+        dtype = torch.float32
+        image, text = (each.to(torch.get_autocast_dtype(image.device.type)) for each in (image, text))
+    scale = number_for(caller, "logit_scale", logit_scale, image)
+    bias = number_for(caller, "logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+    return image, text, scale, bias, dtype

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import torch_sigmoid
-from torch_sigmoid import ops
 
 from . import record
 
@@ -158,7 +157,7 @@ def main(argv=None) -> int:
     arguments = record.parser("accuracy", __doc__).parse_args(argv)
     device, status = arguments.device, 0
     # Measure the kernels, even where a small tensor would go to torch's operator.
-    ops.torch_below = 0
+    torch_sigmoid.torch_below(0)
     about = record.environment(device) | {"path": torch_sigmoid.path(torch.empty(1, device=device)).name}
     folder = record.folder_of(device, arguments.out)
     rows, curves = measure(device)

@@ -21,7 +21,7 @@ import torch
 from torch._decomp import decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sigmoid import kernels, ops
+from torch_sigmoid import dispatch, kernels
 
 from . import record
 from .operators import Operator, differentiable, operators, orders
@@ -77,7 +77,7 @@ def counted():
 
             stack.enter_context(mock.patch.object(launch.Launcher, "__call__", launched))
         # The kernels step aside for a mode that records operators; this mode must see them launched.
-        stack.enter_context(mock.patch.object(ops, "modes_listen", return_value=False))
+        stack.enter_context(mock.patch.object(dispatch, "modes_listen", return_value=False))
         yield stack.enter_context(counter)
 
 

@@ -42,6 +42,10 @@ WORK = record.ROOT / "runs" / "mutants"
 CONCERNED = {
     "kernels/__init__.py": ("device package", "interpreter strides"),
     "kernels/gates.py": ("ptx gates", "device codegen"),
+    "kernels/kept.py": ("device launch",),
+    "kernels/pointwise.py": ("ptx layouts strides", "device codegen launch"),
+    "kernels/reduce.py": ("ptx gates losses", "device codegen"),
+    "kernels/tiles.py": ("ptx layouts strides", "device codegen"),
     "kernels/launch.py": (
         "device launch layouts",
         "ptx forward layouts strides",
@@ -70,13 +74,23 @@ CONCERNED = {
     "torch_sigmoid/diagnostics/statistics.py": ("device watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/totals.py": ("device watch_steps watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/watch.py": ("device watch watch_steps watch_report",),
-    "torch_sigmoid/functional.py": ("device tensors errors tracing modules gates losses", "ptx tensors autograd"),
+    "torch_sigmoid/formulas.py": ("device gates losses tracing autograd", "ptx autograd"),
+    "torch_sigmoid/functional.py": ("device package",),
     "torch_sigmoid/gates.py": ("device gates", "ptx gates"),
     "torch_sigmoid/losses.py": ("device losses", "ptx losses"),
+    "torch_sigmoid/internals.py": ("device tracing autograd tensors watch",),
     "torch_sigmoid/nn.py": ("device modules errors gates losses siglip", "ptx modules"),
-    "torch_sigmoid/ops.py": ("device backward launch tensors tracing", "ptx backward autograd", "interpreter modules tensors"),
+    "torch_sigmoid/dispatch.py": (
+        "device backward launch tensors tracing",
+        "ptx backward autograd",
+        "interpreter modules tensors",
+    ),
+    "torch_sigmoid/operators.py": ("device modules package launch watch_statistics", "ptx launch"),
     "torch_sigmoid/siglip.py": ("device siglip", "ptx siglip"),
-    "torch_sigmoid/swap.py": ("device modules tracing", "ptx modules"),
+    "torch_sigmoid/sigmoid.py": ("device tensors errors tracing backward", "ptx tensors autograd"),
+    "torch_sigmoid/swap/__init__.py": ("device package",),
+    "torch_sigmoid/swap/intercept.py": ("device modules tracing",),
+    "torch_sigmoid/swap/replace.py": ("device modules tracing", "ptx modules"),
 }
 # Shifts and bitwise operations, which floats do not have.
 SENSELESS = re.compile(r"core/ReplaceBinaryOperator_(Add|Sub|Mul|Div|FloorDiv|Mod|Pow)_(RShift|LShift|Bit\w+)")

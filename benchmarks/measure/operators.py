@@ -11,16 +11,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import torch_sigmoid
 from torch_sigmoid import kernels
+from torch_sigmoid.operators import cases
 
 # A provider with a larger relative error is not timed: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-# The values that GPT-OSS uses.
-ALPHA, LIMIT = 1.702, 7.0
 ORDERS = ("forward", "backward", "double backward")
 
 
@@ -136,147 +134,36 @@ def providers(formula, ours, packages) -> dict[str, Provider]:
     return table | {name: Provider(function, ("cuda",), foreign=True) for name, function in foreign.items()}
 
 
-def gate(written, formula, ours, operands, columns=4096, **packages) -> Operator:
-    return Operator("gates", written, formula, operands, providers(formula, ours, packages), columns)
-
-
-def loss(written, formula, ours, operands, constants, **packages) -> Operator:
-    return Operator("losses", written, formula, operands, providers(formula, ours, packages), 4096, constants)
-
-
-def gated(x, gate):
-    return x * torch.sigmoid(gate)
-
-
-def swiglu(gate, up):
-    return F.silu(gate) * up
-
-
-def clamped_swiglu(gate, up):
-    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-    return gate * torch.sigmoid(ALPHA * gate) * (up + 1)
-
-
-def focal_loss(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
-    """The formula of torchvision.ops."""
-    p = torch.sigmoid(inputs)
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
-    loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
-    if alpha >= 0:
-        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
-
-
-def siglip_loss(image, text, scale, bias=None):
-    """open_clip's formula: -log σ(±logit), + for an image and its own text, summed over texts, averaged over images."""
-    logits = scale * image @ text.T
-    if bias is not None:
-        logits = logits + bias
-    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(image)
-
-
-def one(make, rows, columns):
-    return (make(rows, columns),)
-
-
-def two(make, rows, columns):
-    return make(rows, columns), make(rows, columns)
-
-
-def packed(make, rows, columns):
-    return (make(rows, 2 * columns),)
-
-
-def one_gate_a_row(make, rows, columns):
-    return make(rows, columns), make(rows, 1)
-
-
-def two_beyond_the_limit(make, rows, columns):
-    """Scaled so that one value in fifty is clamped."""
-    return 3 * make(rows, columns), 3 * make(rows, columns)
-
-
-def logits_and_targets(make, rows, columns):
-    """One target in ten is 1."""
-    return make(rows, columns), (make(rows, columns) > 1.28).to(make(1).dtype)
-
-
-def with_weights_of_classes(make, rows, columns):
-    return *logits_and_targets(make, rows, columns), make(columns).abs(), make(columns).abs()
-
-
-def features(make, rows, columns):
-    """Their logits are around -1, with a standard deviation of 1."""
-    scale = make(1)[0]
-    return make(rows, columns), make(rows, columns), torch.full_like(scale, columns**-0.5), torch.full_like(scale, -1.0)
-
-
-def weighted_cross_entropy(function):
-    return lambda x, t, weight, pos_weight: function(x, t, weight, pos_weight=pos_weight)
+# The same operators in other packages: where they stand, by the package's name.
+ELSEWHERE = {
+    "logsigmoid": {"fla": "fla.modules.activations:logsigmoid"},
+    "silu": {"fla": "fla.modules.activations:swish"},
+    "swiglu": {
+        "Liger": "liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply",
+        "fla": "fla.modules.activations:swiglu",
+    },
+}
 
 
 @functools.cache
 def operators() -> dict[str, Operator]:
-    activations = "fla.modules.activations"
-    return {
-        "sigmoid": Operator("sigmoid", "1 / (1 + e⁻ˣ)", torch.sigmoid, lambda make, n, _: (make(n),), sigmoid_providers()),
-        "logsigmoid": gate(
-            "min(x, 0) - log(1 + e), e = e^-abs(x)",
-            F.logsigmoid,
-            torch_sigmoid.logsigmoid,
-            one,
-            fla=f"{activations}:logsigmoid",
-        ),
-        "silu": gate("x·σ(x)", F.silu, torch_sigmoid.silu, one, fla=f"{activations}:swish"),
-        "glu": gate("a·σ(b)", F.glu, torch_sigmoid.glu, packed),
-        "sigmoid_gate": gate("x·σ(g)", gated, torch_sigmoid.sigmoid_gate, two),
-        "sigmoid_gate, broadcast": gate("x·σ(g), one g a row", gated, torch_sigmoid.sigmoid_gate, one_gate_a_row, columns=256),
-        "swiglu": gate(
-            "silu(g)·u",
-            swiglu,
-            torch_sigmoid.swiglu,
-            two,
-            Liger="liger_kernel.ops.swiglu:LigerSiLUMulFunction.apply",
-            fla=f"{activations}:swiglu",
-        ),
-        "swiglu, packed": gate("silu(a)·b", lambda packed: swiglu(*packed.chunk(2, -1)), torch_sigmoid.swiglu, packed),
-        "swiglu, clamped": gate(
-            "g·σ(αg)·(u + 1), g ≤ limit, -limit ≤ u ≤ limit",
-            clamped_swiglu,
-            functools.partial(torch_sigmoid.swiglu, alpha=ALPHA, limit=LIMIT),
-            two_beyond_the_limit,
-        ),
-        "binary_cross_entropy_with_logits": loss(
-            "mean of t·log(1 + e⁻ˣ) + (1-t)·log(1 + eˣ)",
-            F.binary_cross_entropy_with_logits,
-            torch_sigmoid.binary_cross_entropy_with_logits,
-            logits_and_targets,
-            (1,),
-        ),
-        "binary_cross_entropy_with_logits, weighted": loss(
-            "the same with weights of classes, of their positive part too",
-            weighted_cross_entropy(F.binary_cross_entropy_with_logits),
-            weighted_cross_entropy(torch_sigmoid.binary_cross_entropy_with_logits),
-            with_weights_of_classes,
-            (1, 2, 3),
-        ),
-        "sigmoid_focal_loss": loss(
-            "mean of α_t·(1-p_t)^γ·BCE",
-            functools.partial(focal_loss, reduction="mean"),
-            functools.partial(torch_sigmoid.sigmoid_focal_loss, reduction="mean"),
-            logits_and_targets,
-            (1,),
-        ),
-        "siglip_loss": Operator(
-            "siglip",
-            "-Σ log σ(±(scale·⟨image_i, text_j⟩ + bias))/B",
-            siglip_loss,
-            features,
-            providers(siglip_loss, torch_sigmoid.siglip_loss, {}),
-            256,
-        ),
-    }
+    """The table of torch_sigmoid.operators with its providers; sigmoid, whose two `save` are providers, has one row."""
+    table = {}
+    for name, row, case in cases():
+        if row.family == "sigmoid":
+            own = {"providers": sigmoid_providers(), "operands": lambda make, n, _: (make(n),)}
+        else:
+            own = {"providers": providers(case.formula, case.function, ELSEWHERE.get(name, {})), "operands": case.operands}
+        if row.family != "sigmoid" or name == "sigmoid":
+            table[name] = Operator(
+                family=row.family,
+                written=case.written,
+                formula=case.formula,
+                columns=case.columns,
+                constants=case.constants,
+                **own,
+            )
+    return table
 
 
 def chosen(names) -> dict[str, Operator]:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import torch_sigmoid
+from torch_sigmoid.operators import siglip_loss
 
 from . import record
-from .operators import siglip_loss
 
 WIDTH, CHUNK_SIZE = 256, 256
 PAIRS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 32768)}

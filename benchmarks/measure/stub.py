@@ -51,7 +51,7 @@ def activate():
     import triton.backends.nvidia.driver as nvidia
     from triton.runtime.driver import driver
 
-    from torch_sigmoid import nn, ops
+    from torch_sigmoid import dispatch, nn
 
     class StubDriver(nvidia.CudaDriver):
         def __init__(self):
@@ -64,8 +64,8 @@ def activate():
             self.get_device_capability = lambda device=None: (9, 0)
 
     driver.set_active(StubDriver())
-    ops.kernels_refusal = lambda device: None
-    ops.torch_below = ops.TORCH_BELOW_ON_NVIDIA
+    dispatch.kernels_refusal = lambda device: None
+    dispatch.torch_below(dispatch.TORCH_BELOW_ON_NVIDIA)
     nn._TORCH_ALONE = False
 
 

@@ -28,9 +28,9 @@ def launches(buffers):
     """The three kernels: how many tensors each moves, and a function that calls it on the i-th buffers."""
     pairs = [(x, grad) for (x,), grad in buffers]
     return {
-        "forward": (2, lambda i: kernels.sigmoid_forward(pairs[i % len(pairs)][0])),
-        "backward from output": (3, lambda i: kernels.sigmoid_backward(*pairs[i % len(pairs)], False)),
-        "backward from input": (3, lambda i: kernels.sigmoid_backward(*pairs[i % len(pairs)], True)),
+        "forward": (2, lambda i: kernels.sigmoid.sigmoid_forward(pairs[i % len(pairs)][0])),
+        "backward from output": (3, lambda i: kernels.sigmoid.sigmoid_backward(*pairs[i % len(pairs)], False)),
+        "backward from input": (3, lambda i: kernels.sigmoid.sigmoid_backward(*pairs[i % len(pairs)], True)),
     }
 
 

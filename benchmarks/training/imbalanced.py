@@ -20,9 +20,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import torch_sigmoid
+from torch_sigmoid.operators import focal_loss
 
 from ..measure import record
-from ..measure.operators import focal_loss
 from .tasks import BATCH_SIZE
 from .tasks import largest_difference as difference_of_runs
 

@@ -12,17 +12,17 @@ SIDE = 8
 
 
 class Gates(NamedTuple):
-    swiglu: Callable[[Tensor], Tensor]
+    swiglu_packed: Callable[[Tensor], Tensor]
     sigmoid_gate: Callable[[Tensor, Tensor], Tensor]
 
 
-def torch_swiglu(packed: Tensor) -> Tensor:
+def torch_swiglu_packed(packed: Tensor) -> Tensor:
     gate, up = packed.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
 
-TORCH = Gates(torch_swiglu, lambda input, gate: input * torch.sigmoid(gate))
-OURS = Gates(torch_sigmoid.swiglu, torch_sigmoid.sigmoid_gate)
+TORCH = Gates(torch_swiglu_packed, lambda input, gate: input * torch.sigmoid(gate))
+OURS = Gates(torch_sigmoid.swiglu_packed, torch_sigmoid.sigmoid_gate)
 
 
 class Block(nn.Module):
@@ -46,7 +46,7 @@ class Block(nn.Module):
         # (B, T, heads, D) against (B, T, heads, 1)
         attended = self.gates.sigmoid_gate(attended, self.gate(normed)[..., None])
         x = x + self.out(attended.flatten(2))
-        return x + self.down(self.gates.swiglu(self.gate_and_up(self.feed_norm(x))))
+        return x + self.down(self.gates.swiglu_packed(self.gate_and_up(self.feed_norm(x))))
 
 
 class Transformer(nn.Module):

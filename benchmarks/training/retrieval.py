@@ -30,9 +30,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import torch_sigmoid
+from torch_sigmoid.operators import siglip_loss
 
 from ..measure import record
-from ..measure.operators import siglip_loss
 from .tasks import largest_difference
 
 RANKS = 2

@@ -184,16 +184,16 @@ def activate(arch: int = 90) -> Device:
         arch: the compute capability that Triton compiles for: 80, 90 or 100.
     """
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter does not compile"
-    from torch_sigmoid import nn, ops
+    from torch_sigmoid import dispatch, nn
     from torch_sigmoid.kernels.launch import Launcher
 
     device = Device(arch)
     backends["ptx"] = Backend(_Compiler, Device)
     driver.set_active(device)
     device.observe(Launcher)
-    refusal = ops.kernels_refusal
-    ops.kernels_refusal = functools.cache(lambda device: None if device.type == "cpu" else refusal(device))
-    ops.KERNELS_EXIST = True
+    refusal = dispatch.kernels_refusal
+    dispatch.kernels_refusal = functools.cache(lambda device: None if device.type == "cpu" else refusal(device))
+    dispatch.KERNELS_EXIST = True
     nn._TORCH_ALONE = False
     assert torch.empty(0).get_device() == device.get_current_device()
     return device

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
-from .. import ops
+from ..dispatch import FLOAT_DTYPES, PLAIN_TYPES, TRANSFORM, listener
+from ..internals import (
+    in_backward,
+    is_functorch_wrapper,
+    is_legacy_batched,
+    make_fx_traces,
+    node_number,
+    saved_tensor_hooks,
+)
 from .totals import ENTERING, LEAVING, Totals
-
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
 
 # Which calls and tensors count
 
@@ -34,31 +37,24 @@ def is_hidden(recomputed: bool = True) -> bool:
     With use_reentrant=False, torch.utils.checkpoint runs a module again in backward, under saved-tensor hooks: its first run
     was counted. With use_reentrant=True the first run had no grad mode, so it was not counted, and the second one is.
     """
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if listener() >= TRANSFORM or make_fx_traces():
         return True
-    if torch._C._get_dispatch_mode(_PROXY) is not None or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        return True
-    if recomputed and in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if recomputed and in_backward() and saved_tensor_hooks():
         return True
     return is_capturing()
-
-
-def in_backward() -> bool:
-    """Whether this thread is inside a backward."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def is_readable(value) -> bool:
     """Whether this is a plain dense float tensor with values."""
     return (
-        type(value) in ops.PLAIN_TYPES
+        type(value) in PLAIN_TYPES
         and value.is_floating_point()
         and value.layout is torch.strided
         and value.device.type != "meta"
-        and value.dtype in ops.FLOAT_DTYPES
+        and value.dtype in FLOAT_DTYPES
         and not value.is_nested
-        and not torch._C._functorch.is_legacy_batchedtensor(value)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and not is_legacy_batched(value)
+        and not is_functorch_wrapper(value)
     )
 
 
@@ -172,7 +168,7 @@ class Reader:
             layer: its index in `totals`.
             outputs: those with a grad_fn. An input handed through is left out: its gradient does not enter the layer.
             inputs: the edges of the inputs (`edge_of`).
-            first_node: `next_node_number()` before the call.
+            first_node: `internals.next_node_number()` before the call.
         """
         at_node: dict[Any, dict[int, _Edge]] = {}
         for tensor in outputs:
@@ -197,11 +193,6 @@ def edge_of(tensor: Tensor) -> tuple[Any, int]:
     return edge.node, edge.output_nr
 
 
-def next_node_number() -> int:
-    """The least number that a node can have which this thread makes from now on."""
-    return torch._C._autograd._get_sequence_nr()
-
-
 def _exits(entries: Iterable, inputs: set, first_node: int) -> list:
     """The nodes of a call that lead to its inputs, as (node, position, edge of the input).
 
@@ -214,7 +205,7 @@ def _exits(entries: Iterable, inputs: set, first_node: int) -> list:
         for position, edge in enumerate(node.next_functions):
             if edge in inputs:
                 found.append((node, position, edge))
-            elif edge[0] is not None and edge[0] not in seen and edge[0]._sequence_nr() >= first_node:
+            elif edge[0] is not None and edge[0] not in seen and node_number(edge[0]) >= first_node:
                 seen.add(edge[0])
                 ahead.append(edge[0])
     return found

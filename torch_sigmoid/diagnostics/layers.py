@@ -10,15 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import nn
-from ..swap import intercepted_save
+from ..internals import is_compiled
+from ..operators import OPERATORS
+from ..swap.intercept import intercepted_save
 
 # Watched by default; `modules=(*SIGMOID_LIKE, MyGate)` adds to them.
 SIGMOID_LIKE = (
-    torch.nn.Sigmoid,
-    torch.nn.SiLU,
-    torch.nn.LogSigmoid,
-    torch.nn.GLU,
+    *(row.torch_module or row.module for row in OPERATORS.values() if row.watched),
     torch.nn.Hardsigmoid,
     torch.nn.Tanh,
     torch.nn.ReLU,
@@ -37,27 +35,26 @@ class Known(NamedTuple):
 
 
 _UNKNOWN = Known(None, 1.0, "never")
-# One row a module type.
-_KNOWN = {
-    torch.nn.Sigmoid: Known("sigmoid", 1.0, "sigmoid rounds to 1"),
-    torch.nn.SiLU: Known("silu", 1.0, "sigmoid rounds to 0 in fp32"),
-    torch.nn.LogSigmoid: Known("logsigmoid", 1.0, "never"),
-    torch.nn.GLU: Known("sigmoid", 1.0, "sigmoid rounds to 1"),
+# What there is beside the operators of this package.
+_OTHERS = {
     torch.nn.Hardsigmoid: Known("hardsigmoid", 1.0, "never"),
     torch.nn.Tanh: Known("tanh", 1.0, "tanh rounds to ±1"),
     torch.nn.ReLU: Known("relu", 1.0, "never"),
-    nn.Sigmoid: Known("sigmoid", 1.0, "sigmoid rounds to 1"),
-    nn.SiLU: Known("silu", 1.0, "never"),
-    nn.LogSigmoid: Known("logsigmoid", 1.0, "never"),
-    nn.GLU: Known("sigmoid", 1.0, "never"),
 }
 # A subclass computes what its `forward` computes: one that brings its own is unknown.
-_KNOWN_FORWARDS = {module_type.forward: row for module_type, row in _KNOWN.items()}
+_OTHER_FORWARDS = {module_type.forward: row for module_type, row in _OTHERS.items()}
+_OUR_FORWARDS = {row.module.forward: row.watched for row in OPERATORS.values() if row.watched}
+_TORCHS_FORWARDS = {row.torch_module.forward: row.watched for row in OPERATORS.values() if row.watched and row.torch_module}
 
 
 def known(module: torch.nn.Module) -> Known:
     """Look up a module by the type whose `forward` it runs."""
-    return _KNOWN_FORWARDS.get(type(module).forward, _UNKNOWN)
+    forward = type(module).forward
+    if watched := _OUR_FORWARDS.get(forward):
+        return Known(watched.kind, watched.scale(module), watched.lost)
+    if watched := _TORCHS_FORWARDS.get(forward):
+        return Known(watched.kind, watched.scale(module), watched.lost_by_torch)
+    return _OTHER_FORWARDS.get(forward, _UNKNOWN)
 
 
 class Layer(NamedTuple):
@@ -138,7 +135,7 @@ def find(model: torch.nn.Module, modules: Iterable[type | str] | type | str | No
     if not found:
         expected = ", ".join(each.__name__ for each in types)
         raise ValueError(f"GradientWatch(): {type(model).__name__} has no layer to watch; expected one of {expected}")
-    compiled = [name for name, module in everything if _is_compiled(module)]
+    compiled = [name for name, module in everything if is_compiled(module)]
     inside = [
         name for name, _ in found if any(name == outer or not outer or name.startswith(outer + ".") for outer in compiled)
     ]
@@ -172,10 +169,6 @@ def _chosen(modules) -> tuple[tuple[type, ...], list[str]]:
         if not isinstance(each, str | type):
             raise TypeError(f"GradientWatch(): modules must hold module types and names, got {each!r}")
     return tuple(each for each in chosen if isinstance(each, type)), [each for each in chosen if isinstance(each, str)]
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _some(names: Iterable[str]) -> str:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import gates, ops
+from .. import formulas, kernels
+from ..dispatch import launchable
 
 # The columns that `add_activation` and `add_squares` add to.
 ACTIVATION_COLUMNS = ("elements", "saturated", "lost", "sum of |f'|", "least |f'|")
@@ -64,9 +65,9 @@ KINDS = {
     "sigmoid": Kind(_sigmoid_slope, _sigmoid_slopes, (0.0,)),
     # silu' is 0 at -1.278, and turns at ±2.399, the solutions of x·tanh(x/2) = 2.
     "silu": Kind(
-        _silu_slope, lambda x: gates.weighted(1.0, x, "silu", 1), (-2.3993572805154, -1.2784645427610738, 2.3993572805154)
+        _silu_slope, lambda x: formulas.weighted(1.0, x, "silu", 1), (-2.3993572805154, -1.2784645427610738, 2.3993572805154)
     ),
-    "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: gates.weighted(1.0, x, "logsigmoid", 1), ()),
+    "logsigmoid": Kind(lambda x: _sigmoid(-x), lambda x: formulas.weighted(1.0, x, "logsigmoid", 1), ()),
     "tanh": Kind(lambda x: 4 * _sigmoid_slope(2 * x), lambda x: 4 * _sigmoid_slopes(2 * x), (0.0,)),
     "relu": Kind(lambda x: float(x > 0), lambda x: _step(x > 0, x, 1.0), (0.0,)),
     "hardsigmoid": Kind(lambda x: float(abs(x) < 3) / 6, lambda x: _step(x.abs() < 3, x, 1 / 6), (-3.0, 0.0, 3.0)),
@@ -186,8 +187,8 @@ def add_activation(
         alive: scratch memory for the kernel, one number a unit; zeros before and after.
         streak: for how many calls each unit has been saturated throughout; 0 again where one x of it is not.
     """
-    if ops.launchable(x, limits, totals):
-        ops.kernels.add_activation(x, kind, limits, totals, alive, streak, scale)
+    if launchable(x, limits, totals):
+        kernels.statistics.add_activation(x, kind, limits, totals, alive, streak, scale)
         return
     wide = x.to(limits.dtype)
     saturated = _within(wide, limits)
@@ -203,8 +204,8 @@ def add_activation(
 
 def add_squares(g: Tensor, totals: Tensor) -> None:
     """Add a gradient to `totals`, SQUARES_COLUMNS: Σg² over its finite elements, how many elements, how many not finite."""
-    if ops.launchable(g, totals):
-        ops.kernels.add_squares(g, totals)
+    if launchable(g, totals):
+        kernels.statistics.add_squares(g, totals)
         return
     finite = g.isfinite()
     totals[0] += torch.where(finite, g, 0.0).to(totals.dtype).square().sum()

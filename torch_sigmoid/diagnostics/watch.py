@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
+from ..internals import in_backward, next_node_number
 from . import gradients, layers, report, statistics, totals
 from .layers import Layer
 
@@ -153,7 +154,7 @@ class GradientWatch:
         """
         if not self._model_ran or gradients.is_capturing():
             return
-        if gradients.in_backward():
+        if in_backward():
             self._ended_in_backward = True
             return
         self._model_ran = self._ended_in_backward = False
@@ -171,7 +172,7 @@ class GradientWatch:
         """Before a watched module runs: read its input, which the module may overwrite."""
         if not torch.is_grad_enabled() or gradients.is_hidden():
             return
-        if self._ended_in_backward and not gradients.in_backward():
+        if self._ended_in_backward and not in_backward():
             self.step()
         self._model_ran = True
         pending = self._pending()
@@ -180,7 +181,7 @@ class GradientWatch:
             return
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if gradients.is_readable(leaf)]
         inputs = {gradients.edge_of(tensor) for tensor in tensors if tensor.requires_grad}
-        pending[layer.index] = inputs, gradients.next_node_number()
+        pending[layer.index] = inputs, next_node_number()
         if tensors and layer.known.kind is not None:
             with torch.no_grad(), gradients.no_autocast(tensors[0]):
                 self._add_input(layer, module, tensors[0])

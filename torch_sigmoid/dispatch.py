@@ -1,0 +1,232 @@
+"""Which path a call takes, and who listens to it.
+
+triton   a float tensor on a device that Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted
+traced   under torch.compile, export, jit.trace, functionalize and nested torch.func.jvp, which see torch operators only: the
+         same numerics in these, for a compiler to fuse
+torch    everything else: torch's own operator, or our gradient formula in torch operators where torch's is not exact
+"""
+
+import importlib.util
+import os
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .checks import check_save, check_tensors
+from .internals import (
+    functionalizes,
+    has_plain_keys,
+    in_forward_mode,
+    is_tracing,
+    modes_listen,
+    nested_jvp,
+    transforms_active,
+)
+
+Save = Literal["output", "input"]
+
+# Triton's code generation for NVIDIA starts at Turing.
+MINIMUM_CAPABILITY = (7, 5)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+WIDE_DTYPES = frozenset((torch.float32, torch.float64))
+
+# False where no tensor of this process can reach a kernel, whatever its device. Does not import Triton to find out.
+KERNELS_EXIST = importlib.util.find_spec("triton") is not None and bool(
+    os.environ.get("TRITON_INTERPRET") or torch.version.cuda or torch.version.hip or torch.version.xpu
+)
+# At 2²² fp32 elements the kernels of a forward and a backward take about 20 µs at 4.3 TB/s, which hides the launches; that is
+# arithmetic on an H200's bandwidth, not a measurement.
+TORCH_BELOW_ON_NVIDIA = 2**22
+threshold = TORCH_BELOW_ON_NVIDIA if torch.version.cuda else 0
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+# For a tensor that is only read: `data_ptr`, all that an older torch has, would copy what `torch._lazy_clone` has made.
+_address_of = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+
+
+def torch_below(n_elements: int | None = None) -> int:
+    """Set the number of elements below which torch's own operator takes the place of our kernels; returns the number before.
+
+    A launch from Python costs more than one from C++, which a small tensor does not hide. Torch's operator is taken only where
+    its bits are ours: for fp32 and fp64 with save="output", and for every forward of sigmoid. The gates and losses always take
+    their kernels.
+
+    Args:
+        n_elements: 0 always takes the kernels; None only asks. By default 2²² with an NVIDIA build of torch, else 0. That
+            number follows from the bandwidth of an H200; it is not measured yet.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: negative.
+
+    Example:
+        >>> before = torch_sigmoid.torch_below(0)  # from here on kernels at every size
+        >>> torch_sigmoid.torch_below(before)
+        0
+    """
+    global threshold
+    before = threshold
+    if n_elements is not None:
+        if not isinstance(n_elements, int) or isinstance(n_elements, bool):
+            raise TypeError(f"torch_below(): n_elements must be an int or None, got {n_elements!r}")
+        if n_elements < 0:
+            raise ValueError(f"torch_below(): n_elements must not be negative, got {n_elements}")
+        threshold = n_elements
+    return before
+
+
+# Who listens to an operator that is called now; each one includes those before it.
+NOBODY = 0  # only values are wanted
+REVERSE_MODE = 1  # eager autograd may record the call: any Function will do
+TRANSFORM = 2  # torch.func or forward mode: Functions with setup_context, jvp and vmap
+TRACER = 3  # sees torch operators only: it would refuse a Function, or lose its tangents
+
+
+def listener() -> int:
+    """Who listens: NOBODY, REVERSE_MODE, TRANSFORM or TRACER."""
+    if _is_compiling() or is_tracing():
+        return TRACER
+    if transforms_active():
+        # torch runs a Function's `jvp` with forward mode off, for the outer levels too.
+        return TRACER if functionalizes() or nested_jvp() else TRANSFORM
+    if in_forward_mode():
+        return TRANSFORM
+    return REVERSE_MODE if _is_grad_enabled() else NOBODY
+
+
+@cache
+def kernels_refusal(device: torch.device) -> str | None:
+    """Why the kernels do not run on `device`; None where they do."""
+    if device.type not in ("cpu", "cuda", "xpu") or (device.type == "cpu" and not KERNELS_EXIST):
+        return f"Triton has no kernels for device type {device.type!r}"
+    if kernels.UNAVAILABLE:
+        return str(kernels.UNAVAILABLE)
+    if kernels.INTERPRETED:
+        return None
+    if device.type == "cpu":
+        return f"Triton has no kernels for device type {device.type!r}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return f"compute capability {capability} is below Triton's minimum of {MINIMUM_CAPABILITY}"
+    return None
+
+
+def has_plain_storage(tensor: Tensor) -> bool:
+    """Whether `data_ptr` and strides tell the values of `tensor`.
+
+    They do not for a functorch wrapper or a batched gradient, a subclass or fake tensor, a lazily negated or zero tensor:
+    each of these has a type or a dispatch key of its own.
+    """
+    return type(tensor) in PLAIN_TYPES and has_plain_keys(tensor)
+
+
+def reaches_kernels(input: Tensor) -> bool:
+    """Whether a kernel may run on a tensor like this, unless somebody records operators."""
+    return type(input) in PLAIN_TYPES and kernels_refusal(input.device) is None
+
+
+def launchable(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel may run on these tensors: plain ones, on one device that Triton drives, and nobody records operators.
+
+    What `has_plain_storage` tells is asked for at a third of its cost: torch gives no data pointer, or 0, where memory does
+    not hold the values, and of what has one only lazily negated and nested tensors are not read by their strides.
+    """
+    if _is_compiling() or modes_listen():
+        return False
+    if kernels_refusal(first.device) is not None or first.is_nested:
+        return False
+    index = first.get_device()
+    try:
+        if type(first) not in PLAIN_TYPES or _address_of(first) == 0 or first.is_neg():
+            return False
+        for tensor in others:
+            if tensor is not None and (
+                type(tensor) not in PLAIN_TYPES or _address_of(tensor) == 0 or tensor.is_neg() or tensor.get_device() != index
+            ):
+                return False
+    except RuntimeError:
+        return False
+    return True
+
+
+def threshold_allows_kernel(input: Tensor) -> bool:
+    """Whether sigmoid's forward takes its kernel: at this size, and on this tensor."""
+    return not is_tracing() and input.numel() >= threshold and launchable(input)
+
+
+def computes_eagerly(*tensors: Tensor) -> bool:
+    """Whether operators on these tensors compute now and are seen by nobody, so that temporaries may be overwritten."""
+    return listener() == NOBODY and not modes_listen() and all(map(has_plain_storage, tensors))
+
+
+def is_ours(tensor: Tensor) -> bool:
+    """Whether our formulas cover this tensor; the rest is torch's own."""
+    return tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not tensor.is_nested
+
+
+class Path(NamedTuple):
+    """The path a call takes, and why."""
+
+    name: str
+    reason: str
+
+
+@cache
+def _triton_path() -> Path:
+    interpreted = "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
+    return Path("triton", interpreted if kernels.INTERPRETED else "a float tensor on a device Triton drives")
+
+
+_TRACED = Path("traced", "under torch.compile, export, jit.trace, functionalize or nested jvp, which see torch operators only")
+_torch_path = cache(lambda reason: Path("torch", reason))
+
+
+def path(input: Tensor, *, save: Save = "output") -> Path:
+    """Which path `sigmoid(input, save=save)` takes, and why.
+
+    Args:
+        input: the tensor that would be passed.
+        save: the `save` that would be passed.
+
+    Returns:
+        `Path(name, reason)` with the name "triton", "traced" or "torch".
+
+    Raises:
+        TypeError: `input` is not a tensor.
+        ValueError: `save` is neither "output" nor "input".
+
+    Example:
+        >>> torch_sigmoid.path(torch.ones(3)).name
+        'torch'
+    """
+    check_tensors("path", input=input)
+    check_save(save)
+    if input.dtype not in FLOAT_DTYPES:
+        return _torch_path(f"dtype {input.dtype} is torch's own: the kernels take float64, float32, float16 and bfloat16")
+    if not is_ours(input):
+        return _torch_path("sparse and nested tensors are torch's own")
+    if listener() == TRACER:
+        return _TRACED
+    if type(input) not in PLAIN_TYPES:
+        return _torch_path(f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
+    if refusal := kernels_refusal(input.device):
+        return _torch_path(refusal)
+    if is_small(input, save):
+        return _torch_path("at this size torch's operator has the same bits and launches sooner (torch_sigmoid.torch_below)")
+    return _triton_path()
+
+
+def is_small(input: Tensor, save: Save) -> bool:
+    """Whether torch's operator gives the kernels' bits, derivatives included, and costs less.
+
+    Under a tracer numel() need not be a number, and comparing it would tie the trace to its answer.
+    """
+    return (
+        save == "output" and input.dtype in WIDE_DTYPES and not (_is_compiling() or is_tracing()) and input.numel() < threshold
+    )

@@ -1,0 +1,131 @@
+"""The private names of torch that this package uses, each with the reason why no public one will do; none is used elsewhere.
+
+(`kernels/`, which imports nothing from here, has two more: `_cuda_getDevice` in kept.py, and in launch.py what reads a
+copy-on-write tensor.)
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+_C = torch._C
+
+# Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
+is_tracing = _C._is_tracing
+
+# torch.func says to nobody that one of its transforms is around a call, nor which.
+transforms_active = _C._are_functorch_transforms_active
+_TRANSFORM = _C._functorch.TransformType
+
+
+def transform_levels() -> list[object]:
+    """The kinds of the torch.func transforms around this call, outermost first."""
+    return [level.key() for level in _C._functorch.get_interpreter_stack() or ()]
+
+
+def nested_jvp() -> bool:
+    """Whether torch.func.jvp runs inside torch.func.jvp."""
+    return transform_levels().count(_TRANSFORM.Jvp) > 1
+
+
+def functionalizes() -> bool:
+    return _TRANSFORM.Functionalize in transform_levels()
+
+
+def in_forward_mode() -> bool:
+    """Whether a dual level is open. The public unpack_dual answers for one tensor, at the cost of an operator."""
+    return forward_ad._current_level >= 0
+
+
+# Only dispatch keys and mode stacks tell ordinary tensors and calls from those that somebody wraps or records.
+_KEY = _C.DispatchKey
+_keys_of = _C._dispatch_keys
+_function_modes = _C._len_torch_function_stack
+_dispatch_modes = _C._len_torch_dispatch_stack
+_is_included = _C._dispatch_tls_is_dispatch_key_included
+
+
+def _plain_key_sets() -> frozenset[int]:
+    """The dispatch keys of ordinary dense tensors, and of those made under inference_mode, of each device."""
+    key_set = _C.DispatchKeySet
+    plain = set()
+    for backend in ("CPU", "CUDA", "XPU"):
+        inference = key_set(getattr(_KEY, backend)) | key_set(getattr(_KEY, f"Autocast{backend}"))
+        plain.add(inference.raw_repr())
+        plain.add((inference | key_set(getattr(_KEY, f"Autograd{backend}")) | key_set(_KEY.ADInplaceOrView)).raw_repr())
+    return frozenset(plain)
+
+
+_PLAIN_KEY_SETS = _plain_key_sets()
+
+
+def has_plain_keys(tensor: Tensor) -> bool:
+    """Whether no wrapper, no lazy negation and no batching stands between a tensor and its memory."""
+    return _keys_of(tensor).raw_repr() in _PLAIN_KEY_SETS
+
+
+def modes_listen() -> bool:
+    """Whether a dispatch mode records operators; make_fx with pre_dispatch=True keeps another stack for it.
+
+    With that one it enters a function mode, which is the cheaper thing to look for.
+    """
+    return _dispatch_modes() > 0 or (_function_modes() > 0 and _is_included(_KEY.PreDispatch))
+
+
+def make_fx_traces() -> bool:
+    """Whether make_fx records this call; a mode of another kind, such as a profiler's, does not count."""
+    return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None or _is_included(_KEY.PreDispatch)
+
+
+def function_modes() -> list:
+    """The function modes around this call, outermost first."""
+    return torch.overrides._get_current_function_mode_stack()
+
+
+# A wrapper by vmap or by is_grads_batched looks like a Tensor.
+is_legacy_batched = _C._functorch.is_legacy_batchedtensor
+is_functorch_wrapper = _C._functorch.is_functorch_wrapped_tensor
+# What Function.apply does first to each of its arguments.
+unwrap_if_dead = _C._functorch.unwrap_if_dead
+
+
+def apply_of(function: type[Function]):
+    """The C++ entry below Function.apply, which binds its arguments in Python at every call: 0.9 µs, 9 with setup_context.
+
+    Enough for eager reverse mode, if `unwrap_if_dead` is called for each tensor.
+    """
+    return super(Function, function).apply
+
+
+def saved_tensor_hooks() -> bool:
+    """Whether hooks on saved tensors are in force; torch only lets one push and pop them."""
+    return _C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward."""
+    return _C._current_graph_task_id() != -1
+
+
+def next_node_number() -> int:
+    """The least number that a node of autograd can have which this thread makes from now on."""
+    return _C._autograd._get_sequence_nr()
+
+
+def node_number(node) -> int:
+    return node._sequence_nr()
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile has wrapped this module, or replaced its call."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def store_of(group):
+    """The store over which the hosts of a process group talk."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
+def graph_break() -> None:
+    """Have torch.compile run what follows as it is."""
+    torch._dynamo.graph_break()
