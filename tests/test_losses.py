@@ -178,15 +178,15 @@ def test_an_infinite_weight_in_torch_operators(far, target, name, device):
     x = torch.tensor(x, device=device, requires_grad=True)
     t, weights = torch.full_like(x, target), {"weight": None, "pos_weight": None, name: torch.full_like(x, inf)}
     loss = losses.Loss(reduction="none")
-    value = loss.formula(x.detach(), t, **weights, dtype=x.dtype)
-    grad = loss.backward_formula(torch.ones_like(x), x.detach(), t, **weights, count=None)
-    recorded = loss.formula(x, t, **weights, dtype=x.dtype).detach()
+    value = loss.formula(x.detach(), t, **weights)
+    (grad,) = loss.backward_formula(torch.ones_like(x), x.detach(), t, **weights, count=None)
+    recorded = loss.formula(x, t, **weights).detach()
     theirs = F.binary_cross_entropy_with_logits(x, t, reduction="none", **weights)
     (their_grad,) = torch.autograd.grad(theirs.sum(), x)
     for actual, expected in ((value, theirs.detach()), (recorded, theirs.detach()), (grad, their_grad)):
         assert torch.equal(actual[~expected.isnan()], expected[~expected.isnan()])
     if name == "weight":
-        assert torch.equal(value.isinf(), loss.formula(x.detach(), t, None, None, x.dtype) > 0)
+        assert torch.equal(value.isinf(), loss.formula(x.detach(), t, None, None) > 0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -1,5 +1,6 @@
 """The command line check, life without Triton, and the installed package."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import torch_sigmoid
+from torch_sigmoid.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +32,8 @@ def test_the_doctor_agrees():
 def test_the_doctor_reports_a_disagreement(monkeypatch, capsys):
     from torch_sigmoid import __main__ as doctor
 
-    monkeypatch.setattr(torch_sigmoid, "sigmoid", lambda x, save="output": torch.sigmoid(x * 1.001))
+    cases = OPERATORS["sigmoid"].cases
+    monkeypatch.setitem(cases, "", dataclasses.replace(cases[""], function=lambda x: torch.sigmoid(x * 1.001)))
     assert doctor.main() == 1
     assert "DISAGREES" in capsys.readouterr().out
 

@@ -118,7 +118,7 @@ class QuickGELU(nn.Module):
 @pytest.mark.ways("interpreter", "ptx")
 def test_a_scaled_derivative_is_what_autograd_computes_in_float64(dtype, device, monkeypatch):
     """x·σ(1.702x) has the derivative silu'(1.702x)."""
-    monkeypatch.setitem(known_layers._KNOWN_FORWARDS, QuickGELU.forward, known_layers.Known("silu", 1.702, "never"))
+    monkeypatch.setitem(known_layers._OTHER_FORWARDS, QuickGELU.forward, known_layers.Known("silu", 1.702, "never"))
     x = random((37, 54), dtype, device, scale=4.0)
     with watching(layer := QuickGELU(), modules=QuickGELU) as watch:
         run(layer, x)

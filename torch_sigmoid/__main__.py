@@ -107,6 +107,7 @@ def main() -> int:
     print(f"torch_sigmoid {torch_sigmoid.__version__}")
     print(f"torch         {torch.__version__}")
     print(f"triton        {triton_version}")
+    print(f"kernels       {kernels.UNAVAILABLE or 'can be compiled'}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
 
     all_agree = True

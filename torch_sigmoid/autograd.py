@@ -221,9 +221,10 @@ def record_sigmoid(input: Tensor, save: Save) -> Tensor:
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ', differentiable where that is asked for."""
-    if listener() == NOBODY:
+    listening = listener()
+    if listening == NOBODY:
         return sigmoid_gradient(grad_output, saved, save)
-    if is_legacy_batched(grad_output) or is_legacy_batched(saved):
+    if listening == TRACER or is_legacy_batched(grad_output) or is_legacy_batched(saved):
         # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
         return sigmoid_gradient_formula(grad_output, saved, save)
     return SigmoidBackwardFunction.apply(grad_output, saved, save)
@@ -343,9 +344,10 @@ class OperatorBackwardFunction(Function):
 
 def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
     """The gradients of the tensors, differentiable where that is asked for."""
-    if listener() == NOBODY:
+    listening = listener()
+    if listening == NOBODY:
         return operator.backward(grad_output, *tensors)
-    if any(tensor is not None and is_legacy_batched(tensor) for tensor in (grad_output, *tensors)):
+    if listening == TRACER or any(tensor is not None and is_legacy_batched(tensor) for tensor in (grad_output, *tensors)):
         # What a Function records on such a wrapper (is_grads_batched=True, create_graph=True) is lost with it.
         return operator.backward_formula(grad_output, *tensors)
     return OperatorBackwardFunction.apply(operator, grad_output, *tensors)

@@ -34,8 +34,16 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 WIDE_DTYPES = frozenset((torch.float32, torch.float64))
 
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # somebody has put a module of his own in its place
+        return True
+
+
 # False where no tensor of this process can reach a kernel, whatever its device. Does not import Triton to find out.
-KERNELS_EXIST = importlib.util.find_spec("triton") is not None and bool(
+KERNELS_EXIST = _is_installed("triton") and bool(
     os.environ.get("TRITON_INTERPRET") or torch.version.cuda or torch.version.hip or torch.version.xpu
 )
 # At 2²² fp32 elements the kernels of a forward and a backward take about 20 µs at 4.3 TB/s, which hides the launches; that is

@@ -126,6 +126,10 @@ def store_of(group):
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
+# Warns as torch does, in its words.
+legacy_reduction = torch.nn._reduction.legacy_get_string
+
+
 def graph_break() -> None:
     """Have torch.compile run what follows as it is."""
     torch._dynamo.graph_break()

@@ -31,6 +31,7 @@ from .checks import (
 )
 from .dispatch import TRACER, TRANSFORM, is_ours, launchable, listener
 from .formulas import upcast, weighted_loss
+from .internals import legacy_reduction
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -202,8 +203,7 @@ def binary_cross_entropy_with_logits(
             out of range.
     """
     if size_average is not None or reduce is not None:
-        # None stands for True in either.
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+        reduction = legacy_reduction(size_average, reduce)
     caller = "binary_cross_entropy_with_logits"
     check_tensors(caller, input=input, target=target)
     check_floats(caller, input=input)
