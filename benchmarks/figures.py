@@ -207,6 +207,12 @@ TABLES = {
         accuracy_lines,
         n_labels=2,
     ),
+    "imports": Table(
+        "cpu/imports",
+        "import | median (20 % to 80 %) | ÷ torch",
+        "`{import}` | {milliseconds} ms ({20 %} to {80 %}) | {time / torch}",
+        "Measured on {source}",
+    ),
     "host": Table(
         "cpu/host",
         "layer | fp32 | ÷ torch | bf16 | ÷ torch",
