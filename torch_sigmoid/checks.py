@@ -96,8 +96,8 @@ def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-
         raise TypeError(f"{caller}(): ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
-def check_swiglu_options(caller: str, alpha: float, limit: float | None, up_offset: float) -> None:
-    """An error unless the options are numbers that `swiglu` takes."""
+def check_gate_options(caller: str, alpha: float, limit: float | None = None, up_offset: float = 0.0) -> None:
+    """An error unless the options of a gate are numbers in their ranges."""
     for name, value in (("alpha", alpha), ("limit", 0 if limit is None else limit), ("up_offset", up_offset)):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{caller}(): {name} must be a number, got {type(value).__name__}")

@@ -19,7 +19,7 @@ from .checks import (
     check_broadcasts,
     check_devices,
     check_floats,
-    check_swiglu_options,
+    check_gate_options,
     check_tensors,
     described,
     halved_dim,
@@ -362,7 +362,7 @@ def swiglu_packed(
 
 
 def _swiglu_operator(caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float) -> Gated:
-    check_swiglu_options(caller, alpha, limit, up_offset)
+    check_gate_options(caller, alpha, limit, up_offset)
     limit = None if limit is None or limit == math.inf else float(limit)
     return Gated("silu", dim, True, float(alpha), limit, float(up_offset))
 

@@ -129,7 +129,7 @@ class SwiGLU(torch.nn.Module):
 
     def __init__(self, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
         super().__init__()
-        checks.check_swiglu_options(type(self).__name__, alpha, limit, up_offset)
+        checks.check_gate_options(type(self).__name__, alpha, limit, up_offset)
         self.alpha = alpha
         self.limit = limit
         self.up_offset = up_offset

@@ -25,7 +25,9 @@ print(middle - start, end - middle, "triton" in sys.modules)
 def imported() -> tuple[float, float]:
     """Seconds for torch, and for torch_sigmoid after it; an error if that imported Triton."""
     command = [sys.executable, "-c", CODE]
-    of_torch, added, triton = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=True).stdout.split()
+    of_torch, added, triton = subprocess.run(
+        command, cwd=record.ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     if triton == "True":
         raise record.WrongResultError("import torch_sigmoid has imported Triton")
     return float(of_torch), float(added)
