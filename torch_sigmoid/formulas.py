@@ -69,13 +69,36 @@ def curvature_from_output(sigma: Tensor) -> Tensor:
     return 1 - 2 * sigma
 
 
-def exp_minus_abs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e^-|x| as e·scale: neither is a subnormal number, and a product with e keeps its digits."""
+def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha·x, and what its rounding has lost: up to |alpha·x| ulp of e^(alpha·x)."""
+    rounded = alpha * x
+    # An infinite product has lost nothing.
+    x = x.detach().clamp(-FAR / alpha, FAR / alpha)
+    if x.dtype is torch.float32:
+        return rounded, (alpha * x.double() - (alpha * x).double()).float()
+    # Dekker's exact product: of halves, whose products are exact.
+    (x_high, x_low), (alpha_high, alpha_low) = _halves(x), _halves(alpha)
+    return rounded, x_high * alpha_high - alpha * x + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
+
+
+def _halves(x):
+    """x as a sum of two numbers of 26 bits each."""
+    shifted = x * (2.0**27 + 1)
+    high = shifted - (shifted - x)
+    return high, x - high
+
+
+def exp_minus_abs(x: Tensor, lost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """e^-|x + lost| as e·scale: neither is a subnormal number, and a product with e keeps its digits.
+
+    `lost` is None, or so small that e^lost is 1 + lost.
+    """
     shift, start = SHIFTS[x.dtype]
     power = torch.where(x < 0, x, -x)
     far = power < start
     # Of two numbers `where` would make a tensor of the default dtype, in which e^-690 is 0.
-    return torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), torch.ones_like(power))
+    e, scale = torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), torch.ones_like(power))
+    return e if lost is None else e + e * torch.where(x < 0, lost, -lost), scale
 
 
 def one_minus(x: Tensor) -> Tensor:
@@ -90,15 +113,21 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: flo
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    gate = x if alpha == 1 else alpha * x
+    gate, lost = _gate(alpha, x)
     if order < 2 and x.device.type == "cpu" and computes_eagerly(x):
-        return _weighted_by_fused(v, x, gate, function, order, alpha)
-    return _weighted(v, x, gate, function, order, alpha)
+        return _weighted_by_fused(v, x, gate, lost, function, order, alpha)
+    return _weighted(v, x, gate, lost, function, order, alpha)
 
 
-def _weighted(v: Tensor | float, x: Tensor, gate: Tensor, function: str, order: int, alpha: float) -> Tensor:
+def _gate(alpha: float, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return (x, None) if alpha == 1 else product(alpha, x)
+
+
+def _weighted(
+    v: Tensor | float, x: Tensor, gate: Tensor, lost: Tensor | None, function: str, order: int, alpha: float
+) -> Tensor:
     below = gate < 0
-    e, scale = exp_minus_abs(gate)
+    e, scale = exp_minus_abs(gate, lost)
     tail = e * scale
     if function == "logsigmoid":
         return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
@@ -122,22 +151,28 @@ def _weighted(v: Tensor | float, x: Tensor, gate: Tensor, function: str, order: 
     return v * (factor / one_plus ** (order + 1)) * scale
 
 
-def _weighted_by_fused(v: Tensor | float, x: Tensor, gate: Tensor, function: str, order: int, alpha: float) -> Tensor:
+def _weighted_by_fused(
+    v: Tensor | float, x: Tensor, gate: Tensor, lost: Tensor | None, function: str, order: int, alpha: float
+) -> Tensor:
     """`_weighted` for values alone, by torch's fused operators where an element is near: at a fraction of its cost on a CPU."""
-    if order == 0:
-        if alpha != 1:
-            result = v * torch.sigmoid(gate).mul_(x)
-        else:
-            result = v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
+    if order == 0 and lost is None:
+        result = v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
     elif function == "sigmoid":
         result = aten_sigmoid_backward(torch.as_tensor(v, dtype=x.dtype), x.abs().neg_().sigmoid_())
     else:
-        result = v * torch.sigmoid(-gate).mul_(gate.clamp(max=FAR)).add_(1).mul_(torch.sigmoid(gate))
+        sigma = torch.sigmoid(gate)
+        if lost is not None:
+            # σ(gate + lost), whose logarithm changes by lost·(1 - σ).
+            sigma.addcmul_(lost.mul_(sigma), 1 - sigma)
+        if order == 0:
+            result = v * sigma.mul_(x)
+        else:
+            result = v * torch.sigmoid(-gate).mul_(gate.clamp(max=FAR)).add_(1).mul_(sigma)
     # σ' is lost at both ends, the others below only. A NaN is not far: it has made a NaN.
     far = gate < -FUSED_WITHIN
     if function == "sigmoid" and order:
         far |= gate > FUSED_WITHIN
-    return _exactly_where(far, result, lambda v, x, gate: _weighted(v, x, gate, function, order, alpha), v, x, gate)
+    return _exactly_where(far, result, lambda v, x: _weighted(v, x, *_gate(alpha, x), function, order, alpha), v, x)
 
 
 def _exactly_where(far: Tensor, result: Tensor, exactly, *operands) -> Tensor:
