@@ -52,7 +52,7 @@ def errors_of(row: Row, case: str, device: torch.device, dtype: torch.dtype) -> 
     else:
         slopes = [slope(number) for number in numbers]
     # Around a zero of the derivative, errors are those of its terms.
-    steady = torch.tensor([abs(each) > 0.1 or number > -1 or number < -3 for each, number in zip(slopes, numbers)])
+    steady = torch.tensor([abs(each) > 0.1 or not -3 < number < 0 for each, number in zip(slopes, numbers)])
     slopes = [each for each, kept in zip(slopes, steady.tolist()) if kept]
     return max(worst_ulp(output.detach().cpu(), list(map(value, numbers))), worst_ulp(grad.cpu()[steady], slopes))
 

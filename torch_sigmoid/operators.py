@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +68,21 @@ class Row:
     watched: Watched | None = None
 
 
-def exact_sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def exact_sigmoid(x: float, scale: float = 1.0) -> float:
+    """σ(scale·x), with what the product's rounding loses."""
+    power = scale * x
+    sigma = 1 / (1 + math.exp(-power)) if x >= 0 else math.exp(power) / (1 + math.exp(power))
+    lost = float(Fraction(scale) * Fraction(x) - Fraction(power))
+    return sigma * (1 + lost * (1 - sigma))
 
 
 def exact_sigmoid_slope(x: float) -> float:
     return exact_sigmoid(x) * exact_sigmoid(-x)
 
 
-def exact_silu_slope(x: float) -> float:
-    return exact_sigmoid(x) * (1 + x * exact_sigmoid(-x))
+def exact_silu_slope(x: float, scale: float = 1.0) -> float:
+    """silu'(scale·x)."""
+    return exact_sigmoid(x, scale) * (1 + scale * x * exact_sigmoid(-x, scale))
 
 
 def exact_logsigmoid(x: float) -> float:
