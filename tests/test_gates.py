@@ -2,7 +2,6 @@
 
 import functools
 import math
-import pathlib
 
 import pytest
 import torch
@@ -25,12 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sigmoid as ts
 from benchmarks.measure import counts
-from benchmarks.measure.operators import operators
 from torch_sigmoid import kernels
 
 pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
 INTERPRETED = kernels.INTERPRETED
-BENCHMARKED = operators()
 
 
 def clamped_swiglu(gate, up):
@@ -838,19 +835,3 @@ def test_the_modules_of_two_tensors(device):
     assert repr(clamped) == "SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)"
     assert repr(ts.SwiGLU()) == "SwiGLU()"
     assert repr(ts.SwiGLUPacked(1)) == "SwiGLUPacked(dim=1)"
-
-
-@pytest.mark.parametrize("name", [name for name in BENCHMARKED if name != "sigmoid"])
-def test_what_the_readme_says_of_kernels_and_memory(name, monkeypatch):
-    # The memory that poisoned_allocations fills would count.
-    monkeypatch.undo()
-    readme = pathlib.Path(__file__).parent.parent.joinpath("README.md").read_text()
-    table = readme.partition("<!-- operators:")[2].partition("<!-- end of operators -->")[0]
-    (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
-    cells = [cell.strip() for cell in row.split("|")]
-    for index, label in enumerate(("torch", "ours")):
-        counted = counts.row_of(name, BENCHMARKED[name], label)
-        if label == "torch" or runs_kernels("cpu"):
-            launched = " / ".join(str(counted[order]) for order in ("forward", "backward", "double backward"))
-            assert cells[3].split(" → ")[index] == launched
-        assert cells[4].split(" → ")[index] == f"{counted['saved']:.4g}"
