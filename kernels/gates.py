@@ -57,7 +57,7 @@ def weighted_gate(
 
 @triton.jit
 def operand(a, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
-    """A."""
+    """A: a clamped to ±LIMIT, plus OFFSET."""
     if LIMIT is not None:
         limit = maths.constant(LIMIT, a)
         a = tl.where(a > limit, limit, tl.where(a < -limit, -limit, a))

@@ -2,7 +2,7 @@
 
 Triton's own `kernel[grid](...)` looks up its compilation by every argument: 10.3 µs a launch on the host, where a kept one that
 is launched by its public entry, `compiled[grid](...)`, takes 3.5 and by the private one used here 1.8 (a stub of a CUDA driver,
-Triton 3.7). A small tensor's operator costs what its launch costs, so these microseconds are what a user waits for.
+Triton 3.7). For small tensors launch overhead dominates, so these microseconds are what a user waits for.
 """
 
 import os
@@ -24,7 +24,7 @@ MAX_KEPT = 4096
 def keep(compiled, programs, arguments) -> tuple:
     """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run.
 
-    The compilation itself is among it: since Triton 3.8 its module is unloaded when nothing refers to it.
+    The compilation itself is kept, too: since Triton 3.8 its module is unloaded when nothing refers to it.
     """
     current_device = driver.active.get_current_device
     if current_device is torch.cuda.current_device:
@@ -97,7 +97,7 @@ class Cache(dict):
 
 
 def _forget_all():
-    """In the child of a fork, which a CUDA context does not survive, nor do the functions loaded into it."""
+    """Forget all in the child of a fork: neither a CUDA context nor the functions loaded into it survive one."""
     for cache in caches:
         cache.clear()
 

@@ -144,7 +144,7 @@ def with_gaps(walk: Walk, inputs) -> Walk:
 
 
 def _read_only(tensor):
-    """The tensor for Triton, which calls `data_ptr`: one made by `torch._lazy_clone` as a plain tensor over its memory."""
+    """A lazy clone as a plain tensor over the same memory: Triton calls `data_ptr`, which would copy it."""
     if tensor is None or not torch._C._is_cow_tensor(tensor):
         return tensor
     offset = tensor.storage_offset()

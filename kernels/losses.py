@@ -23,7 +23,7 @@ from .reduce import fold, partial_sums, prepared, total
 
 
 def is_counted(options):
-    """Whether the divisor is known to the device only."""
+    """Whether the device must count what a mean is divided by, because some targets are ignored."""
     return options.reduction == "mean" and options.ignore_index is not None
 
 
@@ -67,7 +67,7 @@ def loss_forward_formula(
     IS_MEAN: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """L, and 1 for what counts, if a mean leaves out what is ignored."""
+    """L; for a mean that leaves out ignored targets also 1 for each target that counts, else 0."""
     v, positive, negative = parts_of(x, target, weight, pos_weight, ALPHA, SMOOTHING)
     loss = without_ignored(maths.weighted_loss(v, x, positive, negative, GAMMA, 0, ROUND), target, IGNORE)
     if IS_MEAN and IGNORE is not None:

@@ -43,7 +43,7 @@ INTERPRETED = tl.constexpr(not isinstance(upcast, triton.JITFunction))
 
 @triton.jit
 def negative(x):
-    """-x, which Triton's own minus computes as 0 - x with an instruction, where a product becomes the next one's sign bit."""
+    """-x as a product, which the next instruction takes in as a sign. Triton's own minus is 0 - x, an instruction more."""
     return x * -1.0
 
 
@@ -118,7 +118,7 @@ SHIFT_FP64, SHIFTED_FROM_FP64, EXP_MINUS_SHIFT_FP64 = tl.constexpr(690.0), tl.co
 def exp_minus_abs(x, lost, ROUND_TO_16_BIT: tl.constexpr):
     """e^-|x + lost| as e·scale, where e and scale are no subnormal numbers until |x| > 163 (1398 in fp64).
 
-    A product with an upstream gradient, one after the other, keeps its digits wherever it is a normal number itself.
+    Multiply an upstream gradient by e first and by scale after: the product keeps its digits wherever it is a normal number.
     `lost` is None, or so small that e^lost is 1 + lost.
     """
     distance = tl.abs(x)
@@ -182,7 +182,7 @@ def one_minus(e, x, ROUND_TO_16_BIT: tl.constexpr):
 
 @triton.jit
 def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
-    """For denominators between 2^-126 and 2^126. In fp32 the approximate one, corrected by its residual: no branch."""
+    """numerator/denominator, for denominators between 2^-126 and 2^126. In fp32 approximate, then corrected: no branch."""
     if INTERPRETED or numerator.dtype == tl.float64:
         return numerator / denominator
     elif ROUND_TO_16_BIT:
@@ -191,7 +191,7 @@ def quotient(numerator, denominator, ROUND_TO_16_BIT: tl.constexpr):
         reciprocal = libdevice.fast_dividef(1.0, denominator)
         approximation = numerator * reciprocal
         corrected = tl.fma(tl.fma(negative(denominator), approximation, numerator), reciprocal, approximation)
-        # Of an infinite numerator nothing is left to correct.
+        # An infinite quotient has no residual to correct it by.
         return tl.where(tl.abs(approximation) == float("inf"), approximation, corrected)
 
 
@@ -296,13 +296,13 @@ def log(x, ROUND_TO_16_BIT: tl.constexpr):
         return libdevice.log(x)
 
 
-# Of γ 8 bits, of log u steps of 1/64: their product is exact in fp32, and what is left of either is small.
+# 8 bits of γ times log u in steps of 1/64: the product is exact in fp32, and the rests of both are small.
 GAMMA_BITS, LOG_STEPS = tl.constexpr(8), tl.constexpr(64.0)
 
 
 @triton.constexpr_function
 def number_of_factors(gamma):
-    """How often the base of a power is multiplied: 0 where a logarithm is cheaper, or the power no product."""
+    """How many factors the power u^γ is the product of; 0 where it is taken by a logarithm instead."""
     return int(gamma) if gamma in (1, 2, 3, 4) else 0
 
 
@@ -343,7 +343,7 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
     e, scale = exp_minus_abs(x, None, ROUND_TO_16_BIT)
     tail = e * scale
     one_plus = 1.0 + tail
-    # What has the factor e^-y as a whole has `last` of it after v: where nothing is wrong, and every second derivative.
+    # Where the whole has a factor e^-y (nothing is wrong, or a second derivative), its `last` part is multiplied after v.
     near_e, last = tl.where(clear, e, tail), tl.where(clear, scale, 1.0)
     if ORDER == 0 or GAMMA != 0.0:
         log_one = log_one_plus(near_e, last, ROUND_TO_16_BIT)
@@ -359,7 +359,7 @@ def weighted_loss(v, x, positive, negative_part, GAMMA: tl.constexpr, ORDER: tl.
             log_mixture = tl.where(clear, negative(near), log(mixture, ROUND_TO_16_BIT))
             v = v * exp_of_product(GAMMA, log_mixture, negative(log_one * last), ROUND_TO_16_BIT)
     if ORDER == 0:
-        # Of an infinite logit neither 0 parts nor a weight of 0 make NaN.
+        # At an infinite logit, neither a part of 0 nor a weight of 0 may make NaN.
         result = tl.where(clear, 0.0, wrong * distance) + (wrong + right) * log_one
         return tl.where(v == 0.0, 0.0, result * v * last)
     else:

@@ -1,7 +1,7 @@
 """The walk that sums: formulas whose results are added up where they are computed, some of them stored on the way.
 
 `total` sums over all elements. Each program adds up its tiles and leaves a partial sum for each term; `fold` adds those up, in
-one program. What a single program can do alone takes one launch.
+one program. Where one program suffices, it takes one launch.
 `along` sums along one dimension, as the gradient of a broadcast operand is: each program adds up tiles that share the elements
 of that operand. Where several programs share them, or a second dimension is summed up, torch's `sum` adds their partial sums.
 

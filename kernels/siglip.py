@@ -3,7 +3,7 @@
 logit l = scale·s + bias       z = -l for a pair that belongs together, else l
 loss      Σ log(1 + e^z)       gradient G = ∂loss/∂l = -σ(z) or σ(z), written over s, with ΣG·s and ΣG
 
-`scale` and `bias` are read on the device. Which column belongs to a row says `labels`; -1 means none.
+`scale` and `bias` are read on the device. `labels` says which column belongs to each row; -1 means none.
 Each program leaves its sums, in fp32 (fp64 for fp64), for the caller to add up once all chunks of a matrix have left theirs.
 """
 

@@ -184,3 +184,8 @@ def test_the_examples_of_docstrings_run(name):
     finally:
         torch_sigmoid.torch_below(before)
     assert result.failed == 0
+
+
+def test_every_public_function_and_context_has_an_example():
+    without = [name for name in torch_sigmoid.__all__ if name.islower() and ">>>" not in getattr(torch_sigmoid, name).__doc__]
+    assert without == []

@@ -255,7 +255,7 @@ def _filled(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> tuple[
 
 
 def _padded(grads: Sequence[Tensor | None], ctx) -> tuple:
-    """A None for the operator, the gradients, and a None for each operand without."""
+    """The gradients, after a None for the operator and before a None for each operand without a gradient."""
     return (None, *grads) + (None,) * (len(ctx.needs_input_grad) - 1 - len(grads))
 
 
@@ -367,7 +367,7 @@ def _recordable(tensor: Tensor | None) -> Tensor | None:
 
 
 def record(operator: Operator, *tensors: Tensor | None) -> Tensor:
-    """operator(*tensors), recorded for whoever listens; in torch operators where only these are seen."""
+    """operator(*tensors), recorded for whoever listens. A tracer sees torch operators only, so it gets the formula."""
     listening = listener()
     n = operator.n_differentiable
     if listening >= operator.formula_from or (

@@ -1,6 +1,6 @@
-"""What the public functions ask of their arguments: an error that says what came and what was expected, or the argument.
+"""Checks of the public functions' arguments. Each raises an error that says what came and what was expected, or returns.
 
-Nothing here waits for a device, but for `check_targets`, which is asked under `torch_sigmoid.debug()` only.
+Nothing here waits for a device except `check_targets`, which only runs under `torch_sigmoid.debug()`.
 """
 
 import math
@@ -66,7 +66,7 @@ def halved_dim(caller: str, input: Tensor, dim: int) -> int:
 
 
 def promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype torch would compute in; torch.result_type, which Dynamo does not know."""
+    """Both in the dtype that torch would compute in: that of torch.result_type, which Dynamo cannot trace."""
     if one.dtype is other.dtype:
         return one, other
     dtype = torch.promote_types(one.dtype, other.dtype)
@@ -110,7 +110,7 @@ def check_gate_options(caller: str, alpha: float, limit: float | None = None, up
 
 
 def is_value_of(number: int, dtype: torch.dtype) -> bool:
-    """Whether the dtype has exactly this integer."""
+    """Whether the dtype can represent this integer exactly."""
     if dtype is torch.bool:
         return number in (0, 1)
     if not dtype.is_floating_point:

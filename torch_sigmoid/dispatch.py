@@ -126,7 +126,7 @@ def kernels_refusal(device: torch.device) -> str | None:
 
 
 def has_plain_storage(tensor: Tensor) -> bool:
-    """Whether `data_ptr` and strides tell the values of `tensor`.
+    """Whether the values of `tensor` lie at its `data_ptr`, spaced by its strides.
 
     They do not for a functorch wrapper or a batched gradient, a subclass or fake tensor, a lazily negated or zero tensor:
     each of these has a type or a dispatch key of its own.
@@ -142,8 +142,8 @@ def reaches_kernels(input: Tensor) -> bool:
 def launchable(first: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel may run on these tensors: plain ones, on one device that Triton drives, and nobody records operators.
 
-    What `has_plain_storage` tells is asked for at a third of its cost: torch gives no data pointer, or 0, where memory does
-    not hold the values, and of what has one only lazily negated and nested tensors are not read by their strides.
+    This asks what `has_plain_storage` does, at a third of its cost: torch gives no data pointer, or 0, to a tensor whose memory
+    does not hold its values. Of the others, only lazily negated and nested tensors cannot be read by their strides.
     """
     if _is_compiling() or modes_listen():
         return False

@@ -1,4 +1,4 @@
-"""The functions, as a list; each stands in the file of its family."""
+"""The public functions. Each is defined in the file of its family: sigmoid.py, gates.py, losses.py or siglip.py."""
 
 from .dispatch import Path, path, torch_below
 from .gates import glu, logsigmoid, sigmoid_gate, silu, swiglu, swiglu_packed

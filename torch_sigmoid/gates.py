@@ -102,12 +102,12 @@ class Gated(Operator):
         return tensors[::-1] if self.gate_first else tensors
 
     def whole(self, a, g):
-        """What has been computed for a and g, for the tensors they came from."""
+        """Join what was computed for a and for g in the way the tensors came: in their order, and packed if they were."""
         pair = (g, a) if self.gate_first else (a, g)
         return pair if self.dim is None else (torch.cat(pair, self.dim),)
 
     def memory_for(self, tensors):
-        """Memory for the gradients of the tensors, and where in it those of a and g are."""
+        """Allocate the gradients of the tensors; returns them, and the parts of them that belong to a and g."""
         # In one memory format: tensors of several make no walk.
         grads = tuple(torch.empty_like(tensors[0]) for _ in tensors)
         return grads, self.parts(grads)
@@ -160,7 +160,7 @@ class Gated(Operator):
         return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
 
     def _reduced(self, to_a, to_g, tensors):
-        """Gradients of a and g as those of the tensors, summed up over what was broadcast."""
+        """The gradients of the tensors from those of a and g, summed up along broadcast dimensions."""
         _, g = self.parts(tensors)
         dtype = tensors[0].dtype
         return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
@@ -191,14 +191,19 @@ _SILU, _LOGSIGMOID, _SIGMOID_GATE = Unary("silu"), Unary("logsigmoid"), Gated("s
 def logsigmoid(input: Tensor) -> Tensor:
     r"""log σ(x) = min(x, 0) - log(1 + e^-|x|), element by element; its gradient is grad·σ(-x).
 
-    Neither cancels or overflows: for x → ∞ the value is -e^-x, for x → -∞ it is x. In 16 bit both are within 1 ulp of the true
-    ones; in fp32 the value is within 5 and the gradient within 4, as tests/bounds.py derives from an expf of 1 ulp.
+    Nothing cancels or overflows: the value approaches -e^-x for x → ∞ and x for x → -∞. In 16 bit value and gradient are within
+    1 ulp of the true ones; in fp32 the value is within 5 ulp and the gradient within 4, as tests/bounds.py derives from an expf
+    of 1 ulp.
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
 
     Raises:
-        TypeError: `input` is not a tensor.
+        TypeError: `input` is not a tensor of a float dtype.
+
+    Example:
+        >>> torch_sigmoid.logsigmoid(torch.tensor([-200.0, 0.0]))
+        tensor([-200.0000,   -0.6931])
     """
     check_tensors("logsigmoid", input=input)
     check_floats("logsigmoid", input=input)
@@ -209,17 +214,22 @@ def logsigmoid(input: Tensor) -> Tensor:
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
-    silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost. In 16 bit the value is within 1 ulp
-    of the true one, and so is the gradient, but within a rounding of 1 around its zero at x = -1.278. In fp32 both are within 5
-    ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp.
+    silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost. In 16 bit value and gradient are
+    within 1 ulp of the true ones; around the gradient's zero at x = -1.278, its error is within a rounding of 1. In fp32 both
+    are within 5 ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp.
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
-        inplace: write the result over `input`, and return it. Only for a gradient a copy of `input` is saved, as in torch.
+        inplace: write the result over `input`, and return it. Where a gradient is wanted, a copy of `input` is saved, as in
+            torch.
 
     Raises:
-        TypeError: `input` is not a tensor.
+        TypeError: `input` is not a tensor of a float dtype.
         RuntimeError: `inplace` on a leaf that requires grad.
+
+    Example:
+        >>> torch_sigmoid.silu(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7311])
     """
     check_tensors("silu", input=input)
     check_floats("silu", input=input)
@@ -247,9 +257,13 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         dim: the dimension to halve, of even size.
 
     Raises:
-        TypeError: `input` is not a tensor.
+        TypeError: `input` is not a tensor of a float dtype.
         RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
+
+    Example:
+        >>> torch_sigmoid.glu(torch.tensor([2.0, 3.0, 0.0, 100.0]))  # a = [2, 3], b = [0, 100]
+        tensor([1., 3.])
     """
     check_tensors("glu", input=input)
     check_floats("glu", input=input)
@@ -260,23 +274,30 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
 @overridable
 def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
-    r"""input·σ(gate), with `gate` broadcast against `input`: squeeze-and-excitation, gated attention.
+    r"""input·σ(gate), with `gate` broadcast against `input`: an LSTM's gates, squeeze-and-excitation, gated attention.
 
-    Gradients: grad·σ(gate) and, summed up over what was broadcast, grad·input·e/(1+e)² with e = e^-|gate|. A gate such as
-    (N, C, 1, 1) of (N, C, H, W) or (B, T, H, 1) of (B, T, H, D) is read once a row; its gradient is summed up in fp32 (fp64 for
+    Pass the pre-activation of the gate, not its sigmoid. Gradients: grad·σ(gate) for the input, and for the gate
+    grad·input·e/(1+e)² with e = e^-|gate|, summed up over the dimensions along which it was broadcast. A gate such as
+    (N, C, 1, 1) of (N, C, H, W) or (B, T, H, 1) of (B, T, H, D) is read once a row. Its gradient is summed up in fp32 (fp64 for
     fp64) where it is computed, in an order that depends on shapes, strides and dtypes only.
 
     Args:
         input: a tensor of any shape and float dtype.
-        gate: a tensor whose shape broadcasts to input's. Both are saved for backward, as they are, and nothing else.
-            Another dtype than input's promotes, as in torch; then what is promoted is saved.
+        gate: a tensor whose shape broadcasts to input's. Another dtype than input's promotes, as in torch.
+
+    Saved for backward: input and gate, neither expanded, in the dtype that they promote to, and nothing else.
 
     Returns:
         A tensor of input's shape.
 
     Raises:
-        TypeError: one is not a tensor.
+        TypeError: `input` or `gate` is not a tensor.
         ValueError: `gate` does not broadcast to the shape of `input`, or is on another device.
+
+    Example:
+        >>> x, gate = torch.ones(2, 3, 4, 4), torch.zeros(2, 3)
+        >>> torch_sigmoid.sigmoid_gate(x, gate[:, :, None, None]).unique()
+        tensor([0.5000])
     """
     check_tensors("sigmoid_gate", input=input, gate=gate)
     check_devices("sigmoid_gate", input=input, gate=gate)
@@ -293,18 +314,18 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> Tensor:
     r"""silu(gate)·up, the gate of Llama's feed-forward layers, in one kernel; see `swiglu_packed` for halves of one tensor.
 
-    In full: gate·σ(alpha·gate)·(up + up_offset), where with `limit` gate is no larger than limit and up within ±limit, and what
-    was clamped has no gradient. GPT-OSS is alpha=1.702, limit=7.0, up_offset=1.0. Gradients: grad·silu(gate) and
-    grad·up·silu'(gate), the second exact in the tails as `silu` is.
+    In full: gate·σ(alpha·gate)·(up + up_offset). With `limit`, gate is first clamped to at most limit and up to ±limit, and
+    clamped elements get no gradient. GPT-OSS needs alpha=1.702, limit=7.0, up_offset=1.0. Gradients: grad·silu(gate) for up,
+    and grad·up·silu'(gate) for gate, which is exact in the tails as that of `silu` is.
 
     Args:
         gate: a tensor of any shape and float dtype.
         up: a tensor that broadcasts with `gate`; another dtype promotes, as in torch.
-        alpha: scales the gate inside of σ; positive and finite.
+        alpha: scales the gate inside σ; positive and finite. Each set of options compiles kernels of its own, once.
         limit: not negative; None clamps nothing.
-        up_offset: is added to `up`; finite.
+        up_offset: added to `up` after clamping; finite.
 
-    Saved for backward: the tensors as they are, or as promoted, and nothing else.
+    Saved for backward: gate and up, in the dtype that they promote to, and nothing else.
 
     Raises:
         TypeError: `gate` or `up` is not a tensor of a float dtype, or an option not a number.

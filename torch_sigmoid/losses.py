@@ -146,9 +146,15 @@ _debug_depth: ContextVar[int] = ContextVar("torch_sigmoid.debug", default=0)
 class debug(contextlib.ContextDecorator):
     """A context in which the losses look at the values of their targets: `with torch_sigmoid.debug(): …`, or as a decorator.
 
-    A target outside of [0, 1] that is not ignored, or is NaN, is then a ValueError. To find out, the host waits for the device
-    at every call, which is why it is not done elsewhere. Compiled functions, and tensors without values, are not looked at.
-    Other threads and asyncio tasks are not affected.
+    A target that is outside of [0, 1] or NaN, and not ignored, then raises a ValueError. The check makes the host wait for the
+    device at every call, so the losses do not check elsewhere. Compiled functions and tensors without values (meta, fake) are
+    not checked. Other threads and asyncio tasks are not affected.
+
+    Example:
+        >>> with torch_sigmoid.debug():
+        ...     torch_sigmoid.binary_cross_entropy_with_logits(torch.zeros(2), torch.tensor([1.0, 2.0]))
+        Traceback (most recent call last):
+        ValueError: binary_cross_entropy_with_logits(): target must be in [0, 1], got 2.0
     """
 
     def __enter__(self) -> None:
@@ -180,27 +186,33 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits x, of any shape and float dtype.
-        target: of input's shape: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for (see
-            `debug`).
-        weight: broadcasts to input's shape.
+        target: of input's shape: floats, soft or hard, integers or bool. The caller must ensure that values are in [0, 1];
+            only under `debug` are they checked.
+        weight: multiplies each element's loss; broadcasts to input's shape.
         size_average, reduce: torch's deprecated forms of `reduction`.
         reduction: "none", "mean" (over all elements that are not ignored) or "sum".
-        pos_weight: of the positive part of the target; broadcasts to input's shape.
+        pos_weight: multiplies the loss of the positive part of the target; broadcasts to input's shape.
         label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
-        ignore_index: elements of this target, a value that its dtype has, have neither loss nor gradient. If all are ignored
-            a mean is NaN.
+        ignore_index: elements whose target is this number have neither loss nor gradient. The target's dtype must be able to
+            hold it. If all elements are ignored, a mean is NaN.
 
     Returns:
         The loss, in the dtype that input and target promote to; at least fp32 under autocast.
 
-    Saved for backward: the tensors as they were given (logits as fp64 if the target is), and the count of what was not
-    ignored. Under transforms, forward mode, or where target or weights require a gradient (all of them may), what autograd
-    keeps of the formula.
+    Saved for backward: the tensors as they were given (logits as fp64 if the target is), and how many targets were not ignored.
+    Under transforms and forward mode, and where target or weights require a gradient (each of them may), autograd keeps what
+    the formula in torch operators needs.
 
     Raises:
         TypeError: an argument is no tensor, or not of a dtype described above.
         ValueError: target's shape is not input's, a weight does not broadcast, two devices, an unknown reduction, a smoothing
             out of range.
+
+    Example:
+        >>> x = torch.tensor([8.0], dtype=torch.bfloat16, requires_grad=True)
+        >>> torch_sigmoid.binary_cross_entropy_with_logits(x, torch.ones_like(x)).backward()
+        >>> round(x.grad.item(), 7)  # torch leaves 0
+        -0.0003357
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
@@ -231,23 +243,27 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     r"""α_t·(1 - p_t)^γ·BCE(x, t) for logits x and targets t, the focal loss of Lin et al. 2017, as torchvision.ops has it.
 
-    1 - p_t = t·σ(-x) + (1-t)·σ(x), which does not cancel, and α_t = α·t + (1-α)·(1-t). 1 - p_t does not underflow before its
-    power is taken, by a product where γ is a small integer and else in log space: value and gradient are finite for every γ,
-    0 < γ < 1 included, and every logit, ±∞ included (but for the value where it is infinite itself: a logit of ±∞ against its
-    target).
+    1 - p_t = t·σ(-x) + (1-t)·σ(x), which does not cancel, and α_t = α·t + (1-α)·(1-t). The power of 1 - p_t is a product where
+    γ is a small integer, and is else taken in log space, so that 1 - p_t does not underflow before. Value and gradient are
+    therefore finite for every γ, 0 < γ < 1 included, and every logit, ±∞ included, except where the loss is infinite: at a
+    logit of ±∞ against its target.
 
     Args:
         inputs: logits x, of any shape and float dtype.
-        targets: of the shape of inputs: floats, soft or hard, integers or bool. Values outside of [0, 1] are not looked for
-            (see `debug`).
+        targets: of the shape of inputs: floats, soft or hard, integers or bool. The caller must ensure that values are in
+            [0, 1]; only under `debug` are they checked.
         alpha: in [0, 1], the weight of positive targets; -1 for no weights.
         gamma: in [0, 1e6]. Each pair of alpha and gamma compiles kernels of its own, once.
-        reduction: "none", "mean" (over all elements that are not ignored) or "sum".
+        reduction: "none" (the default, as in torchvision), "mean" (over all elements that are not ignored) or "sum".
         label_smoothing: in [0, 1]; t becomes t·(1 - label_smoothing) + label_smoothing/2.
-        ignore_index: elements of this target have neither loss nor gradient.
-        weight: broadcasts to the shape of inputs.
+        ignore_index: elements whose target is this number have neither loss nor gradient.
+        weight: multiplies each element's loss; broadcasts to the shape of inputs.
 
     Returns, saves and raises as `binary_cross_entropy_with_logits`; a ValueError also for an alpha or gamma out of range.
+
+    Example:
+        >>> torch_sigmoid.sigmoid_focal_loss(torch.zeros(2), torch.tensor([0.0, 1.0]), reduction="mean")
+        tensor(0.0866)
     """
     caller = "sigmoid_focal_loss"
     check_tensors(caller, inputs=inputs, targets=targets)

@@ -1,4 +1,4 @@
-"""The layers."""
+"""The layers: thin modules that call the functions. Where torch has such a layer, ours inherits from it."""
 
 import copy
 
@@ -213,7 +213,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 class SigmoidFocalLoss(torch.nn.Module):
     """Focal loss of logits. See `torch_sigmoid.sigmoid_focal_loss`, whose arguments these are.
 
-    `weight` is a buffer.
+    Note that `reduction` is "none" by default, as in torchvision. `weight` is a buffer.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class SigmoidFocalLoss(torch.nn.Module):
 
 
 def _targets_repr(loss: torch.nn.Module) -> str:
-    """What a loss does to its targets, where that is anything."""
+    """The options of a loss that change its targets, where they are set."""
     smoothing = f", label_smoothing={loss.label_smoothing}" if loss.label_smoothing else ""
     return smoothing + (f", ignore_index={loss.ignore_index}" if loss.ignore_index is not None else "")
 

@@ -1,4 +1,4 @@
-"""The operators, one row each: how they are called, whose place they take, and what their backward loses.
+"""The table of operators: how to call each, what of torch it replaces, and which gradients its backward loses.
 
 An operator is added here and in its family, and nowhere else: `replace` and `intercept`, the doctor
 (`python -m torch_sigmoid`), `warmup`, `GradientWatch`, the tests and the benchmarks read this table.
@@ -25,7 +25,7 @@ Make = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A way to call an operator, and the same in torch's operators: what tests compare and benchmarks time.
+    """A way to call an operator, and the same in torch's operators. Tests compare the two, and benchmarks time them.
 
     `written` is the formula for a reader. `operands(make, rows, columns)` gives the operands for rows·columns elements of the
     output (of the input, for a loss), each random one by `make(*shape)`; those among `constants` get no gradient.
@@ -56,7 +56,8 @@ class Watched:
 class Row:
     """An operator. `cases` has the plain way to call it under "", and others under their names.
 
-    `exact`, for an operator of one tensor, is f and f' of a float, without cancellation: what the doctor holds values against.
+    An operator of one tensor may have `exact`: f and f' of a float, computed without cancellation, for the doctor to compare
+    with.
     """
 
     family: str
@@ -152,7 +153,7 @@ def one_gate_a_row(make: Make, rows: int, columns: int) -> tuple[Tensor, ...]:
 
 
 def two_beyond_the_limit(make: Make, rows: int, columns: int) -> tuple[Tensor, ...]:
-    """So wide that one in fifty is clamped."""
+    """Operands so large that one in fifty is clamped."""
     return 3 * make(rows, columns), 3 * make(rows, columns)
 
 
@@ -166,7 +167,7 @@ def with_weights_of_classes(make: Make, rows: int, columns: int) -> tuple[Tensor
 
 
 def features(make: Make, rows: int, columns: int) -> tuple[Tensor, ...]:
-    """Of logits around -1 with a deviation of 1."""
+    """Features whose logits have mean -1 and deviation 1."""
     scale = make(1)[0]
     return make(rows, columns), make(rows, columns), torch.full_like(scale, columns**-0.5), torch.full_like(scale, -1.0)
 
@@ -300,19 +301,20 @@ def warmup(
 ) -> None:
     """Compile kernels and load them onto a device, so that no training step and no CUDA-graph capture has to.
 
-    Covers forward, backward and double backward, for tensors that are dense in one memory format at any size, and for the
-    expanded upstream gradients of `.sum().backward()`. Slices and transposes compile when they first come, and so does a gate
-    or loss with other options, unless its layer is named. Compilations are kept on disk by Triton, so a second process only
-    loads them. Does nothing where no kernel runs.
+    Covers forward, backward and double backward of tensors that are dense in one memory format, at any size, and the expanded
+    upstream gradients of `.sum().backward()`. Slices and transposes still compile at their first call. So does a gate or loss
+    with options other than the defaults, unless you pass its layer, or the model that contains it. Triton keeps compilations
+    on disk, so a second process only loads them. Does nothing where no kernel runs.
 
     Args:
         device: by default the current accelerator, or the CPU without one.
         dtypes: any of float64, float32, float16 and bfloat16.
-        operators: names of functions ("silu"), of families ("sigmoid", "gates", "losses", "siglip"), or modules: of a model,
-            each layer of this package, with its options.
+        operators: names of functions ("silu") or families ("sigmoid", "gates", "losses", "siglip"), or modules; in a model,
+            every layer of this package is covered, with its options.
 
     Raises:
-        TypeError, ValueError: a dtype that has no kernels, or an operator that is neither a name nor a module; says which.
+        TypeError: `dtypes` is a single one, or an operator is neither a name nor a module.
+        ValueError: a dtype has no kernels, or no operator or family has this name.
 
     Example:
         >>> torch_sigmoid.warmup(dtypes=[torch.bfloat16], operators=["gates", "losses"])
@@ -339,7 +341,7 @@ def warmup(
 
 
 def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callable[..., Tensor], Case]]:
-    """What to call, and the case that says with which operands."""
+    """Each function or layer to call, with the case that makes its operands."""
     for operator in operators:
         if isinstance(operator, torch.nn.Module):
             for module in operator.modules():

@@ -39,9 +39,9 @@ def _chunks(image: Tensor, chunk_size: int):
 
 
 class Pairs:
-    """The pairs of one's images with the texts of each rank, chunk by chunk: what is summed up over them, and G.
+    """The pairs of this rank's images with the texts of every rank, chunk by chunk: sums over them, and G.
 
-    What a chunk sums up, `kinds` of sums, stays in parts until all are there, which takes one addition for all of them.
+    Each chunk leaves `kinds` partial sums per program; `totals` adds up those of all chunks at once, in the end.
     """
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, kinds: int, n_ranks: int, chunk_size: int):
@@ -60,7 +60,7 @@ class Pairs:
         return self.sums.sum((0, 1, 3))
 
     def _labels(self, rank: int, chunk: int) -> Tensor:
-        """The column that belongs to each row; -1 if none does, the texts being another rank's."""
+        """For each row, the column of the text that belongs to it; -1 where the texts are another rank's."""
         return self.labels[rank > 0][self.rows[chunk]]
 
     def add_losses(self, similarity: Tensor, rank: int, chunk: int) -> None:
@@ -115,7 +115,7 @@ class Ring:
         return wait
 
     def texts(self, text: Tensor):
-        """Each rank's texts in turn, one's own first; the next are under way while the present ones are worked on."""
+        """Each rank's texts in turn, this rank's first; the next ones arrive while the caller works on the present ones."""
         for step in range(self.size):
             pending = self.exchange(text) if step + 1 < self.size else None
             yield text
@@ -258,7 +258,7 @@ _calls: dict[str, int] = {}
 
 
 def told_by_ranks(group, told: str) -> list[str]:
-    """What each rank tells the others at this call, over the group's store: hosts talk, and no device is waited for."""
+    """Tell the other ranks, over the group's store and without waiting for a device; returns what each of them told."""
     store = store_of(group)
     call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -302,20 +302,25 @@ def siglip_loss(
         logit_scale, logit_bias: tensors of one element, or numbers; no bias if None.
         chunk_size: rows of the matrix at a time.
         group: a process group, or "world" for the one that torch.distributed.init_process_group makes. All of its ranks must
-            call, with the same B, D and dtype, and all or none of them for a gradient of each argument. What they have is
-            compared over the group's store at each call, without waiting for a device. Under torch.compile it breaks the graph.
+            call, with the same B, D and dtype, and for each argument either all or none must want a gradient. The ranks compare
+            these over the group's store at each call, without waiting for a device. Under torch.compile it breaks the graph.
 
     Returns:
         The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
 
-    Saved for backward: the features, scale and bias. Differentiable twice and more but for process groups, which know
-    eager reverse mode only.
+    Saved for backward: the features, scale and bias. Differentiable to any order; with a process group once only, and in eager
+    reverse mode only.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: features that are no matrices of one shape, two devices, a scale or bias of more than one element, a
             chunk_size below 1, a rank with another batch size; then every rank raises.
         RuntimeError: `group` together with create_graph=True, transforms or forward mode.
+
+    Example:
+        >>> features = torch.nn.functional.normalize(torch.eye(4), dim=-1)
+        >>> torch_sigmoid.siglip_loss(features, features, 10.0, -10.0)
+        tensor(0.6933)
     """
     arguments = image_features, text_features, logit_scale, logit_bias
     if group is None:
@@ -324,7 +329,7 @@ def siglip_loss(
     if torch.compiler.is_compiling():
         graph_break()
     group = process_group(group)
-    # Whatever is wrong on one rank, the others are told, who would wait for it.
+    # A rank that fails tells the others, which would wait for it.
     try:
         *operands, dtype = _siglip_operands(*arguments, chunk_size)
     except (TypeError, ValueError) as error:

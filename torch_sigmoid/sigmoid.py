@@ -26,7 +26,7 @@ from .internals import modes_listen
 def _torch_gradient_suffices(input: Tensor, save: Save) -> bool:
     """Whether torch's own sigmoid has the gradient that `save` promises.
 
-    It saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
+    Torch saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
     """
     if not is_ours(input):
         return True
@@ -45,16 +45,16 @@ def sigmoid(input: Tensor, *, save: Save = "output", out: Tensor | None = None) 
     Args:
         input: a tensor of any shape, layout and dtype that torch.sigmoid takes. Float tensors keep their dtype, integers and
             bool give the default dtype. fp64, fp32, fp16 and bf16 have kernels; the rest is torch's own.
-        save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x: the
-            gradient is within 1 ulp of the true derivative in 16 bit, 4 ulp in fp32 (which follows from an expf of 1 ulp:
-            tests/bounds.py), and x stays alive until backward.
-            Integer, complex, sparse and nested tensors have torch's own gradient under both.
+        save: "output" saves σ for backward, which the next layer usually keeps anyway: no extra memory. "input" saves x, which
+            then stays alive until backward; the gradient is within 1 ulp of the true derivative in 16 bit, and within 4 in fp32
+            (tests/bounds.py derives this from an expf of 1 ulp). Integer, complex, sparse and nested tensors have torch's own
+            gradient under both.
         out: a tensor for the result, on its device; not differentiable, as in torch. The result is cast to its dtype, which
             may be narrower or wider, but not an integer one, nor a real one for a complex input.
 
     Returns:
-        A tensor of input's shape and memory format. On a GPU it is meant to be torch.sigmoid's bit for bit: executed without
-        one, the compiled kernel gives the bits of ATen's formula (tests/test_n1.py); no GPU has measured it yet.
+        A tensor of input's shape and memory format. On a GPU it is meant to equal torch.sigmoid's bit for bit. No GPU has
+        measured this yet; executed on a CPU, the compiled kernel gives the bits of ATen's formula (tests/test_n1.py).
 
     Raises:
         TypeError: `input` or `out` is not a tensor.

@@ -1,4 +1,4 @@
-"""Put ours where torch's stands, in a model that exists: in its modules, or in the calls that it makes."""
+"""Put ours in the place of torch's in a model that exists: in its modules (`replace`), or in its calls (`intercept`)."""
 
 from .intercept import intercept
 from .replace import replace, restore

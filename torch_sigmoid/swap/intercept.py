@@ -32,6 +32,14 @@ class intercept(TorchFunctionMode):
 
     Raises:
         ValueError: `save` is neither "output" nor "input".
+
+    Example:
+        >>> x = torch.tensor([8.0], dtype=torch.bfloat16, requires_grad=True)
+        >>> with torch_sigmoid.intercept(save="input"):
+        ...     y = torch.sigmoid(x)
+        >>> y.backward()
+        >>> round(x.grad.item(), 7)
+        0.0003357
     """
 
     def __init__(self, *, save: Save = "output") -> None:

@@ -54,6 +54,12 @@ def restore(model: _Model) -> _Model:
 
     Raises:
         TypeError: `model` is not a module.
+
+    Example:
+        >>> torch_sigmoid.restore(torch_sigmoid.replace(torch.nn.Sequential(torch.nn.Sigmoid())))
+        Sequential(
+          (0): Sigmoid()
+        )
     """
     for module in _modules(model, "restore"):
         if type(module) in _THEIRS and module.__dict__.pop("_replaced", False):
