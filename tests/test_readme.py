@@ -136,7 +136,7 @@ def test_what_is_kept_is_counted():
     saved = {(row["operator"], row["provider"]): float(row["saved"]) for row in rows("counts")}
     swiglu, clamped = ((saved[name, "ours"], saved[name, "torch"]) for name in ("swiglu", "swiglu, clamped"))
     assert "`swiglu` keeps {:g} tensors for backward where torch keeps {:g}".format(*swiglu) in TEXT
-    assert "GPT-OSS's form {:g} for {:g}".format(*clamped) in TEXT
+    assert "for GPT-OSS {:g}, not {:g}.".format(*clamped) in TEXT
 
 
 def test_what_it_costs_on_a_cpu_is_measured():
@@ -170,6 +170,11 @@ def test_how_the_boundary_moves_is_measured():
             f"the {subject}'s loss falls from {start['loss']:.3f} to {end['loss']:.3f} "
             f"and its accuracy rises from {start['accuracy']:.3f} to {end['accuracy']:.3f}"
         ) in TEXT, name
+
+
+def test_the_kernel_that_is_shown_is_the_one_that_runs():
+    shown, *_ = re.findall(r"^```python\n(.*?)^```", ROOT.joinpath("kernels", "README.md").read_text(), re.M | re.S)
+    assert shown in ROOT.joinpath("kernels", "gates.py").read_text()
 
 
 MODULES = ("sigmoid", "gates", "losses", "siglip", "dispatch", "operators", "nn", "swap.replace", "swap.intercept")

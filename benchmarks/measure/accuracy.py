@@ -2,8 +2,8 @@
 
 The truth is σ' = e/(1+e)², e = e^-|x|, computed in float64, where nothing in it cancels. The gradients are compared with it at
 every finite 16-bit input, and on a grid of fp32 inputs, wherever the true derivative is a normal number of the dtype. On a GPU
-every fp16, bf16 and fp32 input is visited, 2³² of them: a forward value whose bits are not torch's is a failure (the README's
-N1), and the worst errors in ulp are recorded.
+every fp16, bf16 and fp32 input is visited, 2³² of them: a forward value whose bits are not torch's is a failure (N1 of
+kernels/README.md), and the worst errors in ulp are recorded.
 
 Writes accuracy.csv and .json, and on a GPU exhaustive.csv and .json. Takes a few seconds, and a few minutes on a GPU.
 """

@@ -2,7 +2,7 @@
 
 tests       the test suite, on CUDA too
 layouts     those of its tests that compile most: layouts, strides, tracing
-exhaustive  gradients, and forward and gradient of every fp16, bf16 and fp32 input (the README's N1)
+exhaustive  gradients, and forward and gradient of every fp16, bf16 and fp32 input (N1 of kernels/README.md)
 speed       sigmoid's time over size, dtype and layout
 gates       the gates' time, over fewer sizes
 losses      the losses' time
