@@ -3,9 +3,9 @@
 of one tensor    y = f(x)         grad_x = d·f'(x)
 of two           y = A·h(G)       grad_a = d·h(G)         grad_g = d·A·h'(G)
 
-d is the upstream gradient. For SiLU f(x) = silu(ALPHA·x)/ALPHA = x·σ(ALPHA·x). h is σ (GLU, sigmoid_gate) or f (SwiGLU), and A, G
-are the operand and the gate: G = min(g, LIMIT), and A = a clamped to ±LIMIT, plus OFFSET, where no gradient passes what was
-clamped. Double backward, for v, w, the gradients that reach grad_a and grad_g:
+d is the upstream gradient. For SiLU f(x) = silu(ALPHA·x)/ALPHA = x·σ(ALPHA·x). h is σ (GLU, sigmoid_gate) or f (SwiGLU), and
+A, G are the operand and the gate: G = min(g, LIMIT), and A = a clamped to ±LIMIT, plus OFFSET, where no gradient passes what
+was clamped. Double backward, for v, w, the gradients that reach grad_a and grad_g:
 
 to d: v·h(G) + w·A·h'(G)        to a: w·d·h'(G)        to g: v·d·h'(G) + w·d·A·h"(G)
 

@@ -1,8 +1,8 @@
 """Where blocks, warps, strides, offset width, alignment and devices are decided; no other file on the host knows of them.
 
-A launch walks its tensors, all of one shape, as matrices of rows and columns, each tensor with its own three strides (tiles.py).
-Most launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice, a `chunk`
-half or a broadcast operand makes rows or matrices of it, and what needs a fourth dimension is copied.
+A launch walks its tensors, all of one shape, as matrices of rows and columns, each tensor with its own three strides, see
+tiles.py. Most launches are a single row: tensors that are dense in one common memory format, walked in storage order. A slice,
+a `chunk` half or a broadcast operand makes rows or matrices of it, and what needs a fourth dimension is copied.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def tile_shape(n_rows: int, n_columns: int, transposed: bool = False, narrowed: 
 
 @lru_cache(maxsize=4096)
 def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1) -> Walk | None:
-    """The walk over tensors of one shape and these strides, in the order of the leading one; None where copies must come first."""
+    """The walk over tensors of one shape and these strides, in the order of the leading one; None where copies are needed."""
     sizes, steps = coalesce(shape, strides, leading)
     if len(sizes) > 3:
         return None
@@ -164,8 +164,8 @@ class Launcher:
     The kernel takes the inputs and the outputs, a tuple each, what `arrange(inputs, outputs)` gives beside the number of
     programs, and the constants. An input may be None, but not the first.
 
-    The key of what is kept is what Triton's lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16 bytes
-    (sizes, their divisibility and the width of offsets follow from the shape). The first launch of a key goes through
+    The key of what is kept is what Triton's lookup sees: device, shape, strides, dtypes, and each pointer's offset from 16
+    bytes (sizes, their divisibility and the width of offsets follow from the shape). The first launch of a key goes through
     `kernel[grid]`, and so does each that hooks watch, that is meant for another device than the current one, or whose driver
     has changed. With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the
     inputs'.

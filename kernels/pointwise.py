@@ -1,8 +1,8 @@
 """One kernel for every element-wise operator: load the inputs, apply a formula, store its results.
 
 A formula is a device function on loaded values, `formula(*inputs, *constants, ROUND_TO_16_BIT)`, which returns the value of the
-only output, or a tuple with one for each. Its arithmetic is fp32 (fp64 for fp64), rounded once when stored. With `given`, it gets
-one more value after its inputs: the "columns" of the elements, or "n_elements", how many of them the whole walk covers.
+only output, or a tuple with one for each. Its arithmetic is fp32 (fp64 for fp64), rounded once when stored. With `given`, it
+gets one more value after its inputs: the "columns" of the elements, or "n_elements", how many of them the whole walk covers.
 """
 
 import types
