@@ -6,7 +6,8 @@ one program. Where one program suffices, it takes one launch.
 of that operand. Where several programs share them, or a second dimension is summed up, torch's `sum` adds their partial sums.
 
 A formula is that of pointwise.py, returning a tuple: first what is stored, then the terms. Sums are fp32 (fp64 for fp64) and no
-atomics take part, so their order depends on shapes, strides and dtypes only.
+atomics take part, so their order depends on shapes, strides, dtypes and alignment only: tensors that start on 16 bytes are read
+by wider accesses, and each thread then adds up other elements.
 """
 
 from functools import lru_cache
@@ -19,7 +20,7 @@ import triton.language as tl
 from .launch import Launcher, Walk, coalesce, dense_alike, needs_int64, plan, strides_of, tile_shape, with_gaps
 from .maths import divided, upcast
 from .pointwise import as_constants, load_all, with_formula
-from .tiles import TAIL_COLUMNS, count_elements, count_tiles, place_of, select_part, store
+from .tiles import TAIL_COLUMNS, count_blocks, count_elements, count_tiles, place_of, select_part, store
 
 FORMULA = None  # `with_formula` gives each kernel its own
 
@@ -61,7 +62,7 @@ def total_kernel(
             zeros = upcast(tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), DTYPE))
         totals += (zeros,)
         tails += (tl.sum(zeros),)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS), tl.num_programs(0)):
+    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
         place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
             present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
@@ -113,8 +114,8 @@ def along_kernel(
     program = tl.program_id(0)
     if USE_INT64:
         program = program.to(tl.int64)
-    row_blocks = 1 if n_rows is None else tl.cdiv(n_rows, BLOCK_ROWS)
-    column_blocks = tl.cdiv(n_columns, BLOCK_COLUMNS)
+    row_blocks = count_blocks(n_rows, BLOCK_ROWS, USE_INT64)
+    column_blocks = count_blocks(n_columns, BLOCK_COLUMNS, USE_INT64)
     n_blocks = column_blocks if ALONG_COLUMNS else row_blocks
     splits = tl.cdiv(n_blocks, n_steps)
     if ALONG_COLUMNS:

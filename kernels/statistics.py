@@ -81,7 +81,7 @@ def activation_kernel(
     n_lost = zero
     sum_of_slopes = zero
     smallest = tl.full((), float("inf"), tl.float64)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS), tl.num_programs(0)):
+    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
         place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
             present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
@@ -126,7 +126,7 @@ def squares_kernel(
     squares = tl.full((), 0.0, tl.float64)
     n = tl.full((), 0.0, tl.float64)
     n_not_finite = tl.full((), 0.0, tl.float64)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS), tl.num_programs(0)):
+    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
         place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
             present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)

@@ -18,11 +18,20 @@ TAIL_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
-def count_tiles(sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def count_blocks(size, BLOCK_SIZE: tl.constexpr, USE_INT64: tl.constexpr):
+    """How many blocks cover a size; one just below 2³¹, rounded up, would overflow 32 bits."""
+    if size is None:
+        return 1
+    else:
+        return tl.cdiv(size.to(tl.int64) if USE_INT64 else size, BLOCK_SIZE)
+
+
+@triton.jit
+def count_tiles(sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
     n_matrices, n_rows, n_columns = sizes
-    n_tiles = tl.cdiv(n_columns, BLOCK_COLUMNS)
+    n_tiles = count_blocks(n_columns, BLOCK_COLUMNS, USE_INT64)
     if n_rows is not None:
-        n_tiles *= tl.cdiv(n_rows, BLOCK_ROWS)
+        n_tiles *= count_blocks(n_rows, BLOCK_ROWS, USE_INT64)
     if n_matrices is not None:
         n_tiles *= n_matrices
     return n_tiles
@@ -46,16 +55,15 @@ def place_of(index, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
     n_matrices, n_rows, n_columns = sizes
     if USE_INT64:
         index = index.to(tl.int64)
-        n_columns = n_columns.to(tl.int64)
     matrix = index * 0
     row_block = index * 0
     column_block = index
     if n_rows is not None:
-        column_blocks = tl.cdiv(n_columns, BLOCK_COLUMNS)
+        column_blocks = count_blocks(n_columns, BLOCK_COLUMNS, USE_INT64)
         row_block = index // column_blocks
         column_block = index % column_blocks
         if n_matrices is not None:
-            row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+            row_blocks = count_blocks(n_rows, BLOCK_ROWS, USE_INT64)
             matrix = row_block // row_blocks
             row_block = row_block % row_blocks
     return matrix, row_block, column_block

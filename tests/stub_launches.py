@@ -20,11 +20,11 @@ from benchmarks.measure import stub
 stub.activate()
 
 from torch_sigmoid import kernels
-from torch_sigmoid.kernels import launch
+from torch_sigmoid.kernels import kept, launch, pointwise
 from torch_sigmoid.kernels import sigmoid as operator
 
 BACKWARD = operator._backward[False]
-# Three pointers, then strides and n as far as the compiler did not fold them: 8 bytes are read of each.
+# Three pointers, then strides and sizes as far as the compiler did not fold them: 8 bytes are read of each.
 N_POINTERS = 3
 record = stub.last_launch(N_POINTERS)
 
@@ -60,6 +60,11 @@ def variants():
         yield rows(33, 40, stride, torch.float32)
     yield torch.empty(()).expand(1024), torch.empty(1024)
     yield torch.empty(40, 1).expand(40, 33), torch.empty(40, 33)
+    # Matrices: a block cut out of three dimensions, the same one expanded in each of its dimensions, and turned round.
+    yield torch.empty(5, 7, 33), torch.empty(6, 16, 64)[:5, :7, :33]
+    for expanded in ((1, 7, 33), (5, 1, 33), (5, 7, 1)):
+        yield torch.empty(expanded).expand(5, 7, 33), torch.empty(5, 7, 33)
+    yield torch.empty(33, 7, 5).permute(2, 1, 0), torch.empty(5, 7, 33)
     yield torch.empty(33, 40).t(), torch.empty(40, 33)
     yield torch.empty(1024, dtype=torch.float32), torch.empty(1024, dtype=torch.bfloat16)
     # Never touched, so never backed by memory: 32-bit offsets, 64-bit offsets, a 64-bit size.
@@ -68,18 +73,18 @@ def variants():
 
 
 def check_a_kept_launch_is_what_triton_itself_would_launch():
-    fresh = launch.Launcher(operator.sigmoid_backward_kernel, False)
+    fresh = launch.Launcher(BACKWARD.kernel, *BACKWARD.constants)
     pairs = [pair for pair in variants() for _ in range(2)]
     random.Random(0).shuffle(pairs)
-    kept = 0
+    n_kept = 0
     for grad, saved in pairs:
         fresh.kept.clear()
         expected = launch_backward(grad, saved, fresh)
         entries = len(BACKWARD.kept)
         assert launch_backward(grad, saved) == expected, (grad.shape, grad.stride(), saved.stride(), grad.dtype)
-        kept += len(BACKWARD.kept) == entries
+        n_kept += len(BACKWARD.kept) == entries
         assert launch_backward(grad, saved) == expected
-    assert kept >= len(pairs) // 2, "the second of each pair was launched from what the first had left"
+    assert n_kept >= len(pairs) // 2, "the second of each pair was launched from what the first had left"
 
 
 def check_an_output_off_its_alignment_is_another_launch():
@@ -166,14 +171,14 @@ def check_debugging_goes_through_triton():
 
 
 def check_another_current_device_goes_through_triton():
-    kept = usual()
+    expected = usual()
     driver.active.device = 0
     try:
         assert through_triton(usual) == 1
-        assert record.function != kept[0], "loaded anew for that device"
+        assert record.function != expected[0], "loaded anew for that device"
     finally:
         driver.active.device = -1
-    assert usual() == kept
+    assert usual() == expected
 
 
 def check_the_current_stream_is_asked_for_at_every_launch():
@@ -212,19 +217,17 @@ def check_a_forked_process_keeps_nothing():
 
 def check_an_unknown_version_of_triton_keeps_nothing():
     BACKWARD.kept.clear()
-    assert launch.KEEPS_COMPILATIONS
-    launch.KEEPS_COMPILATIONS = False
+    assert kept.KEEPS_COMPILATIONS
+    kept.KEEPS_COMPILATIONS = False
     try:
         assert [through_triton(usual) for _ in range(3)] == [1, 1, 1]
     finally:
-        launch.KEEPS_COMPILATIONS = True
+        kept.KEEPS_COMPILATIONS = True
 
 
 def check_a_launch_that_was_refused_is_not_kept():
     pair = operands(640, torch.float16)
-    launcher = launch.Launcher(operator.sigmoid_backward_kernel, True)
-    for device_caches in operator.sigmoid_backward_kernel.device_caches.values():
-        device_caches[0].clear()
+    launcher = pointwise.pointwise(operator.sigmoid_backward_formula, True)
     knobs.runtime.jit_cache_hook = lambda **_: True
     try:
         launcher(pair, (torch.empty_like(pair[0]),))
@@ -246,14 +249,14 @@ def check_what_is_kept_outlives_tritons_own_cache():
 
 def check_no_more_is_kept_than_the_limit():
     BACKWARD.kept.clear()
-    before = launch.MAX_KEPT
-    launch.MAX_KEPT = 3
+    before = kept.MAX_KEPT
+    kept.MAX_KEPT = 3
     try:
         for n in range(100, 120):
             launch_backward(*operands(n, torch.float32))
             assert len(BACKWARD.kept) <= 3
     finally:
-        launch.MAX_KEPT = before
+        kept.MAX_KEPT = before
 
 
 def check_reading_copies_nothing_of_a_tensor_that_is_copied_when_written():
@@ -366,7 +369,33 @@ def loss_calls():
         yield call(x.float(), targets[2], reduction=reduction, ignore_index=-100)
 
 
-def check_a_kept_launch_of_a_loss_is_what_triton_itself_would_launch():
+def gate_calls():
+    """Gates that broadcast against operands of the same shapes, forward and backward; sums are split in the last two."""
+
+    def call(x, gate, upstream):
+        def run():
+            leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
+            grads = torch.autograd.grad(torch_sigmoid.sigmoid_gate(*leaves), leaves, upstream, create_graph=True)
+            torch.autograd.grad(grads, leaves, tuple(grad.detach() for grad in grads))
+
+        return run
+
+    shapes = {(64, 48): [(64, 1), (1, 48), (1, 1)], (4, 64, 33): [(4, 64, 1), (4, 1, 33), (1, 64, 1), (1, 1, 33)]}
+    shapes |= {(2, 5000): [(2, 1)], (3000, 64): [(1, 64)]}
+    dtype = torch.bfloat16
+    for shape, gate_shapes in shapes.items():
+        dense = torch.empty(shape, dtype=dtype)
+        wider = torch.empty(*shape[:-1], shape[-1] + 16, dtype=dtype)
+        for gate_shape in gate_shapes:
+            gate = torch.empty(gate_shape, dtype=dtype)
+            for x in (dense, dense.mT.contiguous().mT, wider[..., : shape[-1]]):
+                yield call(x, gate, dense)
+            yield call(dense, gate, torch.empty((), dtype=dtype).expand(shape))
+            yield call(dense, torch.empty(gate.numel() + 1, dtype=dtype)[1:].view(gate_shape), dense)
+
+
+def hand_to_the_driver_what_triton_would(calls):
+    """That each call launches what it launches when nothing is kept, in any order, and at last without Triton's lookup."""
     seen, original = [], launch.Launcher.__call__
 
     def recorded(self, inputs, outputs):
@@ -378,13 +407,12 @@ def check_a_kept_launch_of_a_loss_is_what_triton_itself_would_launch():
         call()
         return tuple(seen)
 
-    calls = list(loss_calls())
     launch.Launcher.__call__ = recorded
     try:
         expected = []
         for call in calls:
-            for launcher in launch._launchers:
-                launcher.kept.clear()
+            for cache in kept.caches:
+                cache.clear()
             expected.append(launches_of(call))
         assert len(set(expected)) > len(calls) // 2
         pairs = list(zip(calls, expected)) * 2
@@ -394,6 +422,14 @@ def check_a_kept_launch_of_a_loss_is_what_triton_itself_would_launch():
         assert sum(through_triton(call) for call in calls) == 0
     finally:
         launch.Launcher.__call__ = original
+
+
+def check_a_kept_launch_of_a_loss_is_what_triton_itself_would_launch():
+    hand_to_the_driver_what_triton_would(list(loss_calls()))
+
+
+def check_a_kept_launch_of_a_broadcast_gate_is_what_triton_itself_would_launch():
+    hand_to_the_driver_what_triton_would(list(gate_calls()))
 
 
 def main():

@@ -28,7 +28,7 @@ from benchmarks.measure.code import (
     operators,
     targets,
 )
-from torch_sigmoid.kernels import gates, launch, losses, siglip, statistics
+from torch_sigmoid.kernels import gates, launch, losses, reduce, siglip, statistics
 from torch_sigmoid.losses import Loss
 
 TARGETS = targets()
@@ -95,20 +95,28 @@ def test_16_bit_takes_a_cheaper_arithmetic_than_fp32(operator, dtype):
 
 
 ROW_LAYOUTS = {
-    # Shape, and strides of input and output; whether rows start where 16-byte accesses may.
-    "chunk-half": ((4096, 512), ((1024, 1), (512, 1)), True),
-    "odd-columns": ((4096, 501), ((1024, 1), (501, 1)), False),
-    "expanded-rows": ((4096, 512), ((0, 1), (512, 1)), True),
+    # Shape, and strides of input and output; the width of loads; whether the output's rows start where 16-byte accesses may.
+    "chunk-half": ((4096, 512), ((1024, 1), (512, 1)), 128, True),
+    "odd-columns": ((4096, 501), ((1024, 1), (501, 1)), 128, False),
+    # Each number is loaded once for both rows of a tile, so a thread has 4 of them to load.
+    "expanded-rows": ((4096, 512), ((0, 1), (512, 1)), 64, True),
+    "expanded-wide-rows": ((4096, 2048), ((0, 1), (2048, 1)), 128, True),
+    "block": ((64, 64, 512), ((2**17, 2**10, 1), (2**15, 512, 1)), 128, True),
 }
 
 
 @pytest.mark.parametrize("layout", ROW_LAYOUTS)
 def test_rows_are_read_in_full_width(layout):
-    shape, strides, output_aligned = ROW_LAYOUTS[layout]
+    shape, strides, width, output_aligned = ROW_LAYOUTS[layout]
     compiled = compile_operator("forward", torch.bfloat16, TARGETS["sm_90"], shape, strides)
-    instructions, _, stack = disassemble(compiled)
+    instructions, registers, stack = disassemble(compiled)
     assert stack == 0
-    assert any(name.startswith("LDG.E.128") for name in instructions)
+    assert registers <= 32
+    assert len(instructions) / elements_per_thread() <= 42
+    # In the body by the width, and in the tail one by one.
+    loads = [name for name in instructions if name.startswith("LDG")]
+    assert len(loads) == 2
+    assert any(name.startswith(f"LDG.E.{width}") for name in loads)
     assert any(name.startswith("STG.E.128") for name in instructions) == output_aligned
 
 
@@ -126,17 +134,33 @@ FAR_LAYOUTS = {
     "rows": ((2**20, 2**12 + 7), ((2**13, 1), (2**12 + 7, 1))),
     "wide-rows": ((2, 2**31 - 10), ((2**31, 1), (2**31 - 10, 1))),
     "transposed": ((2**16, 2**16 + 1), ((1, 2**16), (2**16 + 1, 1))),
+    "matrices": ((2**9, 2**10, 2**12 + 7), ((2**24, 2**13, 1), (2**10 * (2**12 + 7), 2**12 + 7, 1))),
 }
+
+
+def assert_no_offset_is_computed_in_32_bits(compiled):
+    ttir = compiled.asm["ttir"]
+    assert not re.findall(r"arith\.muli .*: tensor<.*xi32>", ttir)
+    assert not re.findall(r"tt\.addptr .*, tensor<[0-9x]*[1-9][0-9]+xi32>", ttir)
+    assert not re.findall(r"arith\.(div|rem)si .*: i32", ttir)
 
 
 @pytest.mark.parametrize("layout", FAR_LAYOUTS)
 def test_no_offset_of_a_64_bit_plan_is_computed_in_32_bits(layout):
     shape, strides = FAR_LAYOUTS[layout]
     assert launch.plan(shape, strides).use_int64
-    ttir = compile_operator("forward", torch.float32, TARGETS["sm_90"], shape, strides).asm["ttir"]
-    assert not re.findall(r"arith\.muli .*: tensor<.*xi32>", ttir)
-    assert not re.findall(r"tt\.addptr .*, tensor<[0-9x]*[1-9][0-9]+xi32>", ttir)
-    assert not re.findall(r"arith\.divsi .*: i32", ttir)
+    assert_no_offset_is_computed_in_32_bits(compile_operator("forward", torch.float32, TARGETS["sm_90"], shape, strides))
+
+
+FAR_GATES = [((2**17, 2**14 + 7), (2**17, 1)), ((2**17, 2**14 + 7), (1, 2**14 + 7)), ((2**9, 2**10, 2**13), (2**9, 1, 2**13))]
+
+
+@pytest.mark.parametrize(("shape", "gate_shape"), FAR_GATES, ids=str)
+def test_no_offset_of_a_64_bit_sum_along_a_dimension_is_computed_in_32_bits(shape, gate_shape):
+    full, gate, sums = meta(*shape), meta(*gate_shape).expand(shape), meta(2, 2, 2)
+    backward, _ = gates.broadcast_launchers(*GATES["gate"])
+    inputs, outputs = [full, full, gate], [full, sums]
+    assert_no_offset_is_computed_in_32_bits(compile_launch(backward, inputs, outputs, TARGETS["sm_90"]))
 
 
 def test_the_forward_arithmetic_is_atens():
@@ -208,32 +232,38 @@ def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
             assert len(wide) == elements_per_thread() * dtype.itemsize // 16, name
 
 
-GATES = {"gate": gates.SIGMOID_GATE, "swiglu": ("silu", 1.0, None, 0.0), "clamped": ("silu", 1.702, 7.0, 1.0)}
+GATES = {
+    "gate": ("sigmoid", 1.0, None, 0.0),
+    "swiglu": ("silu", 1.0, None, 0.0),
+    "clamped": ("silu", 1.702, 7.0, 1.0),
+}
 ORDERS = ("forward", "backward", "double-backward")
 
 
 def gate_launches(dtype):
-    """Launchers with inputs and outputs, and how many full tensors each moves: dense, halves of rows, and broadcast."""
+    """Launchers with inputs and outputs, how many full tensors each moves, and whether the gate is broadcast."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     dense = meta(ODD, dtype=dtype)
-    for function, launchers in gates._unary_launchers.items():
-        for order, launcher, n_inputs, n_outputs in zip(ORDERS, launchers, (1, 2, 3), (1, 1, 2)):
-            yield f"{function} {order}", launcher, [dense] * n_inputs, [dense] * n_outputs, n_inputs + n_outputs
+    for function in ("silu", "logsigmoid"):
+        for order, launcher, n_inputs, n_outputs in zip(ORDERS, gates.unary_launchers(function, 1.0), (1, 2, 3), (1, 1, 2)):
+            yield f"{function} {order}", launcher, [dense] * n_inputs, [dense] * n_outputs, n_inputs + n_outputs, False
     half = meta(4096, 2048, dtype=dtype).chunk(2, 1)[0]
     for name, gate in GATES.items():
-        for order, launcher, n_inputs, n_outputs in zip(ORDERS, gates._gate_launchers(*gate), (2, 3, 5), (1, 2, 3)):
+        for order, launcher, n_inputs, n_outputs in zip(ORDERS, gates.gate_launchers(*gate), (2, 3, 5), (1, 2, 3)):
             for of, tensor in (("", dense), (" of halves", half)):
-                yield f"{name} {order}{of}", launcher, [tensor] * n_inputs, [tensor] * n_outputs, n_inputs + n_outputs
-    for of, rows, columns, units in (
-        ("channels", 32768, 3136, (1, 32768, 1)),
-        ("heads", 8192, 64, (1, 8192, 1)),
-        ("channels last", 32 * 3136, 256, (32, 1, 256)),
+                moved = n_inputs + n_outputs
+                yield f"{name} {order}{of}", launcher, [tensor] * n_inputs, [tensor] * n_outputs, moved, False
+    for of, shape, gate_shape in (
+        ("channels", (32768, 3136), (32768, 1)),
+        ("heads", (8192, 64), (8192, 1)),
+        ("channels last", (32, 3136, 256), (32, 1, 256)),
     ):
-        full, unit, sums = meta(rows, columns, dtype=dtype), meta(*units, dtype=dtype), meta(2, 2, 2, dtype=wide)
-        forward, backward, double_backward = gates._broadcast
-        yield f"{of} forward", forward, [full, unit], [full], 2
-        yield f"{of} backward", backward, [full, full, unit], [full, sums], 3
-        yield f"{of} double-backward", double_backward, [full, full, full, unit, unit], [full, full, sums], 5
+        full, sums = meta(*shape, dtype=dtype), meta(2, 2, 2, dtype=wide)
+        gate = meta(*gate_shape, dtype=dtype).expand(shape)
+        backward, double_backward = gates.broadcast_launchers(*GATES["gate"])
+        yield f"{of} forward", gates.gate_launchers(*GATES["gate"])[0], [full, gate], [full], 2, True
+        yield f"{of} backward", backward, [full, full, gate], [full, sums], 3, True
+        yield f"{of} double-backward", double_backward, [full, full, full, gate, gate], [full, full, sums], 5, True
 
 
 @pytest.mark.parametrize(
@@ -243,7 +273,7 @@ def gate_launches(dtype):
 def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
     # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
     slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
-    for name, launcher, inputs, outputs, moved in gate_launches(dtype):
+    for name, launcher, inputs, outputs, moved, is_broadcast in gate_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
         if target in AMD_ARCHITECTURES:
             assert "scratch_load" not in compiled.asm["amdgcn"], name
@@ -256,34 +286,70 @@ def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dt
         assert len(accesses) >= moved * elements_per_thread() * dtype.itemsize // 16, name
         # The sums of a broadcast gate are set-up, counted though a program does them once.
         if target == "sm_90":
-            allowed = moved * slots * (1.25 if launcher in gates._broadcast else 1)
+            allowed = moved * slots * (1.25 if is_broadcast else 1)
             assert len(instructions) / elements_per_thread() <= allowed, name
 
 
 def loss_launches(dtype):
     """Launchers of the losses with inputs and outputs, how many full tensors each moves, and γ."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    x, partials, count = meta(ODD, dtype=dtype), meta(2048, dtype=wide), meta(dtype=torch.int64)
-    target, weight = meta(ODD, dtype=torch.int64), meta(1, dtype=dtype).expand(ODD)
+    x, partials, number = meta(ODD, dtype=dtype), meta(2048, dtype=wide), meta(1, dtype=dtype).expand(ODD)
+    counts, count = meta(2048, dtype=torch.int64), meta(1, dtype=torch.int64)
     for gamma in (0.0, 2.0):
         for reduction in ("none", "mean"):
             loss = Loss(gamma, 0.25 if gamma else None, reduction=reduction)
-            forward, backward, double_backward = losses._launchers(loss, False, False)
-            output, upstream = (x, x) if reduction == "none" else (partials, meta(1, dtype=dtype).expand(ODD))
+            forward, backward, double_backward = losses.loss_launchers(loss)
             full = reduction == "none"
-            yield f"{loss} forward", forward, [x] * 4, [output, output], 2 + full, gamma
-            yield f"{loss} backward", backward, [upstream, *[x] * 4, x], [x], 3 + full, gamma
-            yield f"{loss} double backward", double_backward, [x, upstream, *[x] * 4, x], [x, output], 4 + 2 * full, gamma
-    loss = Loss(label_smoothing=0.1, ignore_index=-100)
-    forward, backward, _ = losses._launchers(loss, True, True)
-    yield "weighted forward", forward, [x, target, weight, weight], [partials, meta(2048, dtype=torch.int64)], 2, 0.0
-    upstream = meta(1, dtype=dtype).expand(ODD)
-    yield "weighted backward", backward, [upstream, x, target, weight, weight, count], [x], 2, 0.0
-    yield "fold", losses._fold[True], [partials, meta(2048, dtype=torch.int64)], [meta(dtype=dtype), count], 0, 0.0
-    similarity, number = meta(256, 4096, dtype=dtype), meta(dtype=wide)
-    labels = meta(256, 1, dtype=torch.int64).expand(256, 4096)
-    yield "pairs forward", siglip._forward, [similarity, labels, number, number], [partials], 1, 0.0
-    yield "pairs gradient", siglip._gradient, [similarity, labels, number, number], [similarity, partials, partials], 2, 0.0
+            output, upstream = (x, x) if full else (partials, number)
+            inputs = [x, x, None, None]
+            yield f"{loss} forward", forward, inputs, [output], 2 + full, gamma
+            yield f"{loss} backward", backward, [*inputs, upstream, None], [x], 3 + full, gamma
+            yield f"{loss} double backward", double_backward, [*inputs, x, upstream, None], [x, output], 4 + 2 * full, gamma
+    target, weighted = meta(ODD, dtype=torch.int64), Loss(label_smoothing=0.1, ignore_index=-100)
+    forward, backward, double_backward = losses.loss_launchers(weighted)
+    inputs, by = [x, target, number, number], count.expand(ODD)
+    yield "weighted forward", forward, inputs, [partials, counts], 2, 0.0
+    yield "weighted backward", backward, [*inputs, number, by], [x], 2, 0.0
+    yield "weighted double backward", double_backward, [*inputs, x, number, by], [x, partials], 4, 0.0
+    yield "fold", reduce._fold, [partials], [meta(dtype=dtype)], 0, 0.0
+    yield "fold of counts", reduce._fold, [partials, counts], [meta(dtype=dtype), count], 0, 0.0
+    shape = (256, 4096)
+    similarity, factor = meta(*shape, dtype=dtype), meta(dtype=wide).expand(shape)
+    labels = meta(256, 1, dtype=torch.int64).expand(shape)
+    yield "pairs forward", siglip._forward, [similarity, labels, factor, factor], [partials], 1, 0.0
+    yield "pairs gradient", siglip._gradient, [similarity, labels, factor, factor], [similarity, partials, partials], 2, 0.0
+
+
+def all_launches(dtype):
+    yield from statistics_launches(dtype)
+    yield from gate_launches(dtype)
+    yield from loss_launches(dtype)
+    for name, (launcher, n_inputs, n_outputs) in OPERATORS.items():
+        yield name, launcher, [meta(ODD, dtype=dtype)] * n_inputs, [meta(ODD, dtype=dtype)] * n_outputs
+
+
+def test_profilers_see_a_kernel_under_the_name_of_its_formula():
+    launchers = [
+        (f"sigmoid_{name.partition('-from')[0].replace('-', '_')}_kernel", launcher)
+        for name, (launcher, *_) in OPERATORS.items()
+    ]
+    of_orders = [
+        ("unary", gates.unary_launchers("silu", 1.0)),
+        ("gate", gates.gate_launchers(*GATES["clamped"])),
+        *(("loss", losses.loss_launchers(Loss(2.0, 0.25, reduction=reduction))) for reduction in ("none", "mean")),
+    ]
+    for of, each in of_orders:
+        launchers += [(f"{of}_{order.replace('-', '_')}_kernel", launcher) for order, launcher in zip(ORDERS, each)]
+    launchers += zip(("gate_backward_kernel", "gate_double_backward_kernel"), gates.broadcast_launchers(*GATES["gate"]))
+    launchers += [("pairs_forward_kernel", siglip._forward), ("pairs_gradient_kernel", siglip._gradient)]
+    launchers += [("fold_kernel", reduce._fold), ("squares_kernel", statistics._squares), ("streak_kernel", statistics._streak)]
+    launchers += [("activation_kernel", statistics._activation("silu", 1.0))]
+    launchers += [("add_to_totals_kernel", statistics._fold_activation)]
+    tensors = {launcher: (inputs, outputs) for _, launcher, inputs, outputs, *_ in all_launches(torch.bfloat16)}
+    for name, launcher in launchers:
+        compiled = compile_launch(launcher, *tensors[launcher], TARGETS["sm_90"])
+        assert compiled.metadata.name == name
+        assert f".visible .entry {name}(" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(

@@ -465,6 +465,140 @@ def test_a_gate_that_is_broadcast(shape, gate_shape, last, dtype, device):
         assert torch.equal(to_x, full[1])
 
 
+@pytest.fixture(params=[1, 4, 10**6], ids=lambda n: f"{n} programs")
+def enough_programs(request, monkeypatch):
+    """How many programs suffice for a sum along a dimension: one alone, some that add up several blocks, or one a block."""
+    if kernels.UNAVAILABLE:
+        pytest.skip("without Triton there are no kernels")
+    from torch_sigmoid.kernels import kept, reduce
+
+    def forget():
+        reduce.plan_along.cache_clear()
+        for cache in kept.caches:
+            cache.clear()
+
+    monkeypatch.setattr(reduce, "ENOUGH_PROGRAMS", request.param)
+    forget()
+    yield request.param
+    forget()
+
+
+# Dimensions of an operand, outermost first, that its gate has too (K) or is broadcast along (R), and their sizes. An operand is
+# cut out of a larger tensor, so that neighbouring dimensions do not become one.
+PATTERNS = {
+    "R": [(2503,), (48,)],
+    "KR": [(5, 2503), (70, 64), (1, 33)],
+    "RK": [(300, 33), (130, 64), (2503, 1)],
+    "RR": [(5, 2503), (130, 64)],
+    "RKR": [(3, 5, 2503), (4, 70, 64)],
+    "KRK": [(3, 300, 33), (4, 130, 64)],
+    "KKR": [(3, 5, 2503), (4, 70, 64)],
+    "RKK": [(300, 3, 33), (130, 4, 64)],
+    "KRR": [(3, 5, 2503), (4, 70, 64)],
+    "RRK": [(3, 300, 33), (4, 130, 64)],
+    "RRR": [(3, 5, 33), (4, 70, 64)],
+}
+
+
+def second_derivatives(function, tensors, upstream, outers):
+    """The value, the gradients, and the gradients of the gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (*tensors, upstream)]
+    value = function(*leaves[:-1])
+    grads = torch.autograd.grad(value, leaves[:-1], leaves[-1], create_graph=True)
+    return value, *grads, *torch.autograd.grad(grads, leaves, outers)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape"), [(name, shape) for name, shapes in PATTERNS.items() for shape in shapes], ids=str
+)
+def test_a_gate_is_summed_along_any_of_three_dimensions(pattern, shape, enough_programs, device):
+    from torch_sigmoid.kernels import launch, reduce
+
+    larger = random([size + 3 for size in shape], torch.float32, device)
+    x = larger[tuple(slice(1, size + 1) for size in shape)]
+    gate_shape = [size if each == "K" else 1 for each, size in zip(pattern, shape)]
+    gate = random(gate_shape, torch.float32, device, seed=1)
+    upstream, *outers = (random(each, torch.float32, device, seed=2 + i) for i, each in enumerate([shape, shape, gate_shape]))
+
+    with counts.counted() as counter:
+        actual = second_derivatives(ts.sigmoid_gate, (x, gate), upstream, outers)
+    planned = reduce.plan_along(shape, launch.strides_of((torch.empty(shape), upstream, x, gate.expand(shape))))
+    assert planned is not None
+    if enough_programs == 1:
+        assert planned.splits == 1
+    elif enough_programs == 4:
+        assert planned.programs < 2 * max(4, planned.programs // planned.splits)
+    else:
+        assert planned.steps == 1
+        assert planned.splits > 1 or max(shape) < 300
+    if runs_kernels(device):
+        assert counter.launches == 3, "one each for the value, its gradients, and theirs"
+
+    wide = [tensor.double() for tensor in (x, gate, upstream, *outers)]
+    expected = second_derivatives(gated, wide[:2], wide[2], wide[3:])
+    terms = second_derivatives(gated, [wide[0].abs(), wide[1]], wide[2].abs(), [each.abs() for each in wide[3:]])
+    n_summed = x.numel() // gate.numel()
+    for one, other, term in zip(actual, expected, terms):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6 * max(n_summed, term.abs().max().item()))
+
+    # Shapes, strides, dtypes and alignment settle the order of a sum: the same bits again, and for copies elsewhere in memory.
+    again = second_derivatives(ts.sigmoid_gate, (x, gate), upstream, outers)
+    assert all(map(torch.equal, actual, again))
+    elsewhere = torch.empty_like(larger).copy_(larger)[tuple(slice(1, size + 1) for size in shape)]
+    again = second_derivatives(ts.sigmoid_gate, (elsewhere, gate.clone()), upstream.clone(), [each.clone() for each in outers])
+    assert all(map(torch.equal, actual, again))
+
+
+def test_a_sum_along_alternating_dimensions_has_no_walk():
+    reduce = pytest.importorskip("torch_sigmoid.kernels.reduce")
+    shape = (2, 3, 4, 5)
+    assert reduce.plan_along(shape, ((60, 20, 5, 1), (3, 0, 1, 0))) is None
+    assert reduce.plan_along(shape, ((60, 20, 5, 1), (60, 20, 5, 1))) is None, "nothing to sum"
+
+
+# Strides of the stored tensor and of the gate; the sizes of the walk, whether sums run along its columns, and what is left.
+SUMS = {
+    "R": ((6, 7), (0, 0), (None, None, 42), True, (1, 1), (False, False)),
+    "KR": ((6, 7), (1, 0), (None, 6, 7), True, (1, 6), (False, False)),
+    "RK": ((6, 7), (0, 1), (None, 6, 7), False, (1, 7), (False, False)),
+    "RKR": ((5, 6, 7), (0, 1, 0), (5, 6, 7), True, (5, 6), (True, False)),
+    "KRK": ((5, 6, 7), (7, 0, 1), (5, 6, 7), False, (5, 7), (False, False)),
+    "KKR": ((5, 6, 7), (1, 5, 0), (5, 6, 7), True, (5, 6), (False, False)),
+    "KKR, mergeable": ((5, 6, 7), (6, 1, 0), (None, 30, 7), True, (1, 30), (False, False)),
+    "RKK": ((5, 6, 7), (0, 1, 6), (6, 5, 7), False, (6, 7), (False, False)),
+    "RKK, mergeable": ((5, 6, 7), (0, 7, 1), (None, 5, 42), False, (1, 42), (False, False)),
+}
+
+
+@pytest.mark.parametrize("pattern", SUMS)
+def test_how_a_sum_along_dimensions_is_planned(pattern):
+    reduce = pytest.importorskip("torch_sigmoid.kernels.reduce")
+    shape, strides, sizes, along_columns, kept, also_summed = SUMS[pattern]
+    planned = reduce.plan_along(shape, (torch.empty(shape).stride(), strides))
+    assert (planned.walk.sizes, planned.along_columns) == (sizes, along_columns)
+    assert (planned.kept, planned.also_summed) == (kept, also_summed)
+    assert (planned.steps, planned.splits) == (1, 1)
+    # A size of 1 is nobody's dimension.
+    padded = reduce.plan_along((1, *shape), ((99, *torch.empty(shape).stride()), (0, *strides)))
+    assert padded == planned
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_an_expanded_gate_has_a_gradient_for_each_of_its_elements(contiguous, device):
+    """`expand` is part of the caller's graph, which sums up what each of its elements receives."""
+    x, upstream = random((4, 5, 33), torch.float32, device), random((4, 5, 33), torch.float32, device, seed=1)
+    gate = random((1, 5, 1), torch.float32, device, seed=2).expand(4, 5, 1)
+    gate = gate.contiguous() if contiguous else gate
+    outers = random((4, 5, 33), torch.float32, device, seed=3), random((4, 5, 1), torch.float32, device, seed=4)
+    actual = second_derivatives(ts.sigmoid_gate, (x, gate), upstream, outers)
+    assert actual[2].shape == (4, 5, 1)
+    assert (actual[2][0] != actual[2][1]).all()
+    wide = [tensor.double() for tensor in (x, gate, upstream, *outers)]
+    for one, other in zip(actual, second_derivatives(gated, wide[:2], wide[2], wide[3:])):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
+
+
 def saved_by(function, tensors):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):

@@ -62,26 +62,131 @@ def test_every_layout_in_the_double_backward(layout, device, save):
             torch.testing.assert_close(ours.cpu().double(), true, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "layout", ["chunk-half", "chunk-half-odd", "expanded-rows", "expanded-all", "transposed", "every-second"]
-)
-def test_rows_slices_and_expanded_tensors_are_read_in_place(layout, device, monkeypatch):
+IN_PLACE = ["chunk-half", "chunk-half-odd", "expanded-rows", "expanded-all", "transposed", "every-second"]
+# Three dimensions that no two strides address.
+IN_PLACE += ["block", "expanded-middle", "permuted", "channels-last", "every-second-row-and-column", "size-one-dims"]
+
+
+class Kernel:
+    """Launches nothing, and keeps what it is given."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(arguments)
+
+
+def addresses(tensors):
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.parametrize("layout", IN_PLACE)
+def test_up_to_three_dimensions_are_read_in_place(layout, device, monkeypatch):
     launch = pytest.importorskip("torch_sigmoid.kernels.launch")
     x = LAYOUTS[layout](torch.float32, device)
     grad = random((1,), torch.float32, device).expand(x.shape)
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: launches.append(arguments)
-
-    output = torch.empty_like(x)
-    launches = []
+    output, kernel = torch.empty_like(x), Kernel()
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("copied"))
-    launcher = launch.Launcher(Kernel())
-    launcher((x,), (output,))
-    launcher((grad, x), (output,))
-    assert [tensor.data_ptr() for tensor in launches[0][:2]] == [x.data_ptr(), output.data_ptr()]
-    assert [tensor.data_ptr() for tensor in launches[1][:3]] == [grad.data_ptr(), x.data_ptr(), output.data_ptr()]
+    for inputs in ((x,), (grad, x), (x, None, grad)):
+        launch.Launcher(kernel)(inputs, (output,))
+        read, written, *_ = kernel.launches.pop()
+        assert addresses(read) == addresses(inputs)
+        assert addresses(written) == [output.data_ptr()]
+
+
+def test_what_needs_a_fourth_dimension_is_copied_and_nothing_else(device):
+    launch = pytest.importorskip("torch_sigmoid.kernels.launch")
+    x, dense = LAYOUTS["block-of-four"](torch.float32, device), random((3, 4, 5, 6), torch.float32, device, seed=1)
+    kernel = Kernel()
+    launch.Launcher(kernel)((dense, None, x), (torch.empty_like(x),))
+    ((read, *_),) = kernel.launches
+    assert read[0].data_ptr() == dense.data_ptr()
+    assert read[1] is None
+    assert read[2].data_ptr() != x.data_ptr()
+    assert read[2].stride() == dense.stride()
+    assert torch.equal(read[2], x)
+
+
+ELEMENTWISE = {
+    "sigmoid": (torch_sigmoid.sigmoid, torch.sigmoid),
+    "sigmoid-from-input": (lambda x: torch_sigmoid.sigmoid(x, save="input"), torch.sigmoid),
+    "silu": (torch_sigmoid.silu, torch.nn.functional.silu),
+    "swiglu": (lambda x: torch_sigmoid.swiglu(x, x), lambda x: torch.nn.functional.silu(x) * x),
+}
+
+
+def derivatives(function, x, upstream, outer):
+    """The value, the gradient, and the gradients of the gradient."""
+    x, upstream = x.detach().requires_grad_(), upstream.detach().requires_grad_()
+    value = function(x)
+    (grad,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+    return value, grad, *torch.autograd.grad(grad, (x, upstream), outer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ELEMENTWISE)
+@pytest.mark.parametrize(("layout", "copied"), [("block", False), ("expanded-middle", False), ("block-of-four", True)])
+def test_a_block_of_three_dimensions_is_walked_in_place_in_every_order(layout, copied, operator, dtype, device, monkeypatch):
+    copies = []
+    if runs_kernels(device):
+        launch = pytest.importorskip("torch_sigmoid.kernels.launch")
+        original = launch.dense_alike
+        monkeypatch.setattr(launch, "dense_alike", lambda *args: copies.append(1) or original(*args))
+    ours, theirs = ELEMENTWISE[operator]
+    x, upstream, outer = (LAYOUTS[layout](dtype, device, seed=seed) for seed in range(3))
+    actual = derivatives(ours, x, upstream, outer)
+    assert bool(copies) == (copied and runs_kernels(device))
+    # From the output, the derivatives are those of the rounded σ.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
+    for one, other in zip(actual, derivatives(theirs, *(each.double() for each in (x, upstream, outer)))):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+MISSING = (None, None, None)
+# Shape and strides of each tensor, the output's last; the sizes of the walk, and the strides that are left.
+PLANS = {
+    "no dimensions": ((), [(), ()], (None, None, 1), [(None, None, 1)] * 2),
+    "one element": ((1, 1), [(5, 3), (1, 1)], (None, None, 1), [(None, None, 1)] * 2),
+    "dense": ((3, 5, 7), [(35, 7, 1)] * 2, (None, None, 105), [(None, None, 1)] * 2),
+    "dense in another order": ((3, 5, 7), [(1, 21, 3)] * 2, (None, None, 105), [(None, None, 1)] * 2),
+    "every second": ((300,), [(2,), (1,)], (None, None, 300), [(None, None, 2), (None, None, 1)]),
+    "expanded": ((3, 5, 7), [(0, 0, 0), (35, 7, 1)], (None, None, 105), [MISSING, (None, None, 1)]),
+    "halves of rows": ((33, 32), [(64, 1), (32, 1)], (None, 33, 32), [(None, 64, 1), (None, 32, 1)]),
+    "expanded rows": ((33, 32), [(0, 1), (32, 1)], (None, 33, 32), [(None, None, 1), (None, 32, 1)]),
+    "expanded columns": ((33, 32), [(1, 0), (32, 1)], (None, 33, 32), [(None, 1, None), (None, 32, 1)]),
+    "transposed": ((33, 32), [(1, 33), (32, 1)], (None, 33, 32), [(None, 1, 33), (None, 32, 1)]),
+    "rows side by side": ((3, 5, 7), [(200, 7, 1), (35, 7, 1)], (None, 3, 35), [(None, 200, 1), (None, 35, 1)]),
+    "block": ((3, 5, 7), [(200, 20, 1), (35, 7, 1)], (3, 5, 7), [(200, 20, 1), (35, 7, 1)]),
+    "expanded in the middle": ((3, 5, 7), [(7, 0, 1), (35, 7, 1)], (3, 5, 7), [(7, None, 1), (35, 7, 1)]),
+    "expanded around": ((3, 5, 7), [(0, 1, 0), (35, 7, 1)], (3, 5, 7), [(None, 1, None), (35, 7, 1)]),
+    "block in another order": ((7, 3, 5), [(1, 200, 20), (1, 35, 7)], (3, 5, 7), [(200, 20, 1), (35, 7, 1)]),
+    "two blocks": ((9, 5, 7), [(35, 7, 1), (200, 20, 1)], (9, 5, 7), [(35, 7, 1), (200, 20, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_walk_has_the_fewest_dimensions_that_address_every_tensor(name):
+    launch = pytest.importorskip("torch_sigmoid.kernels.launch")
+    shape, strides, sizes, left = PLANS[name]
+    walk = launch.plan(shape, tuple(strides))
+    assert walk.sizes == sizes
+    assert walk.strides == tuple(left)
+    n_matrices, row_blocks, column_blocks = walk.blocks
+    assert walk.tiles == n_matrices * row_blocks * column_blocks
+    assert row_blocks * walk.block_rows >= (sizes[1] or 1) > (row_blocks - 1) * walk.block_rows
+    assert column_blocks * walk.block_columns >= sizes[2] > (column_blocks - 1) * walk.block_columns
+    # A sum follows the order of its first input, in which the first of two blocks is dense.
+    if name == "two blocks":
+        assert launch.plan(shape, tuple(strides), leading=0) == walk
+        assert launch.plan((7, 9, 5), ((1, 35, 7), (45, 5, 1)), leading=0).sizes == (None, 45, 7)
+        assert launch.plan((7, 9, 5), ((1, 35, 7), (45, 5, 1))).sizes == (None, 7, 45)
+
+
+def test_no_walk_has_four_dimensions():
+    launch = pytest.importorskip("torch_sigmoid.kernels.launch")
+    assert launch.plan((3, 4, 5, 6), ((1000, 200, 20, 2), (120, 30, 6, 1))) is None
+    assert launch.plan((3, 4, 1, 6), ((1000, 200, 20, 2), (24, 6, 6, 1))).sizes == (3, 4, 6)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -134,13 +239,14 @@ def test_offsets_become_64_bit_exactly_when_32_bits_do_not_suffice():
 def test_programs_cover_more_than_two_billion_elements(n):
     launch = pytest.importorskip("torch_sigmoid.kernels.launch")
 
-    plan = launch.plan((n,), ((1,), (1,)))
-    assert plan.programs * plan.block_columns >= n
-    assert plan.programs < 2**31, "the limit of a grid's first dimension"
+    walk = launch.plan((n,), ((1,), (1,)))
+    assert walk.tiles * walk.block_columns >= n
+    assert walk.tiles < 2**31, "the limit of a grid's first dimension"
 
 
-# Offsets beyond 2³¹ from the row alone, and from a column stride that itself fits 32 bits: in the tail, in the body, in both.
+# Offsets beyond 2³¹ from the row or the matrix alone, and from strides that fit 32 bits: in the tail, in the body, in both.
 FAR_APART = [((2, 33), (2**31, 1)), ((9,), (2**28,)), ((17,), (2**27,)), ((33, 3), (1, 2**30))]
+FAR_APART += [((3, 2, 33), (2**30, 64, 1)), ((2, 3, 17), (64, 2**30, 1))]
 
 
 @pytest.mark.parametrize(("shape", "strides"), FAR_APART, ids=str)
@@ -156,14 +262,36 @@ def test_elements_more_than_two_to_the_31_apart(shape, strides, device):
     torch.testing.assert_close(autograd.sigmoid_gradient(grad, x, "input"), autograd.sigmoid_gradient_formula(grad, x, "input"))
 
 
+@pytest.mark.parametrize("gate_shape", [(2, 1), (1, 33)], ids=str)
+def test_a_gate_that_is_broadcast_over_elements_more_than_two_to_the_31_apart(gate_shape, device):
+    if not runs_kernels(device):
+        pytest.skip("states what the kernels do")
+    storage = torch.from_numpy(np.zeros(2**31 + 2**12, dtype=np.float16)).to(device)
+    x = storage.as_strided((2, 33), (2**31, 1))
+    x.copy_(random(x.shape, torch.float16))
+    grad, gate = random(x.shape, torch.float16, device, seed=1), random(gate_shape, torch.float16, device, seed=2)
+
+    def derived(function, *tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:2]]
+        return torch.autograd.grad(function(*leaves), leaves, tensors[2])
+
+    actual = derived(torch_sigmoid.sigmoid_gate, x, gate, grad)
+    exact = derived(lambda x, gate: x * torch.sigmoid(gate), x.double(), gate.double(), grad.double())
+    for ours, theirs in zip(actual, exact):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("n_columns", [1, 2, 3, 15, 16, 17, 33, 100, 127, 500, 1000, 1024, 1025, 5000])
 def test_tiles_waste_few_lanes(n_columns):
     launch = pytest.importorskip("torch_sigmoid.kernels.launch")
 
-    rows, columns = launch.tile_shape(64, n_columns, False)
-    assert rows * columns in (launch.TILE_ELEMENTS, launch.INTERPRETED_TILE_ELEMENTS)
-    covered = -(-n_columns // columns) * columns
-    assert covered <= max(16, n_columns * 9 / 8, n_columns + 15)
+    for narrowed in (1, 8):
+        rows, columns = launch.tile_shape(64, n_columns, False, narrowed)
+        assert rows * columns in (launch.TILE_ELEMENTS, launch.INTERPRETED_TILE_ELEMENTS)
+        assert rows >= narrowed
+        assert columns >= 16, "the tail's"
+        covered = -(-n_columns // columns) * columns
+        assert covered <= max(16, n_columns * 9 / 8, n_columns + 15)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)

@@ -541,19 +541,14 @@ def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, 
     """Which takes millions of elements else."""
     if not interpreted(device):
         pytest.skip("the kernels' sizes are changed in the interpreter")
-    from torch_sigmoid.kernels import launch, losses
+    from torch_sigmoid.kernels import launch, reduce
 
-    caches = launch.plan, losses.walk, losses._launchers
     for name in ("TILE_ELEMENTS", "INTERPRETED_TILE_ELEMENTS"):
         monkeypatch.setattr(launch, name, 64)
-    monkeypatch.setattr(losses, "MAX_PROGRAMS", 7)
-    folds = [
-        launch.Launcher(losses.fold_kernel, counts, 4, arrange=losses._arrange_fold, layouts_follow=False)
-        for counts in (False, True)
-    ]
-    monkeypatch.setattr(losses, "_fold", folds)
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setattr(reduce, "MAX_PROGRAMS", 7)
+    fold = launch.Launcher(reduce.fold_kernel, 4, arrange=reduce._arrange_fold, layouts_follow=False)
+    monkeypatch.setattr(reduce, "_fold", fold)
+    launch.plan.cache_clear()
     try:
         x, t = examples(torch.float64, device, shape, soft=False)
         x = x.mT.contiguous().mT if x.dim() > 1 else x
@@ -574,8 +569,7 @@ def test_several_tiles_a_program_and_more_sums_than_are_added_up_at_once(gamma, 
         for actual, expected in zip(derivatives(ours, x), derivatives(plain, x)):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-14)
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        launch.plan.cache_clear()
 
 
 @every_loss

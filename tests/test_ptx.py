@@ -1,5 +1,6 @@
 """The machine that executes PTX: its arithmetic is exact, and it finds the faults it is there to find."""
 
+import functools
 import importlib
 import math
 import re
@@ -358,37 +359,37 @@ FAULTS_IN_PTX = {
         "sigmoid_forward_kernel",
         last(r"setp\.lt\.s32", "setp.le.s32"),
         forward,
-        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x_ptr",
+        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x",
     ),
     "body mask always true": (
         "sigmoid_forward_kernel",
         once(r"setp\.lt\.s32", "setp.ne.s32"),
         forward,
-        r"out of bounds: 16 bytes at .* past the end of x_ptr",
+        r"out of bounds: 16 bytes at .* past the end of x",
     ),
     "a vector access off its alignment": (
         "sigmoid_forward_kernel",
         once(r"(st\.global\.v4\.b32 \[ %rd\d+ \+ )0", r"\g<1>4"),
         forward,
-        r"st\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at sigma_ptr\[1\]",
+        r"st\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at outputs\[0\]\[1\]",
     ),
     "half the stride": (
         "sigmoid_forward_kernel",
         once(r"mul\.wide\.s32 (\s*%rd\d+, %r\d+), 4", r"mul.wide.s32 \1, 2"),
         forward,
-        r"ld\.global\.v4.*thread 1 of program 0: misaligned: 16 bytes at x_ptr\[2\]",
+        r"ld\.global\.v4.*thread 1 of program 0: misaligned: 16 bytes at x\[2\]",
     ),
     "written to the input": (
         "sigmoid_forward_kernel",
         once("sigmoid_forward_kernel_param_1]", "sigmoid_forward_kernel_param_0]"),
         forward,
-        r"st\.global.*thread 0 of program 0: writes to no output: x_ptr\[0\]",
+        r"st\.global.*thread 0 of program 0: writes to no output: x\[0\]",
     ),
     "every program does the first one's tile": (
         "sigmoid_forward_kernel",
         once(r"mov\.u32 (\s*%r\d+), %ctaid\.x", r"mov.u32 \1, 0"),
         forward,
-        r"no thread of any program has written sigma_ptr\[1024\]",
+        r"no thread of any program has written outputs\[0\]\[1024\]",
     ),
     "a register that nothing has set": (
         "sigmoid_forward_kernel",
@@ -400,7 +401,7 @@ FAULTS_IN_PTX = {
         "fold_kernel",
         once(r"setp\.lt\.s32(\s*%p3,)", r"setp.le.s32\1"),
         losses_summed,
-        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of sums_ptr",
+        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of inputs\[0\]",
     ),
     "a barrier removed": (
         "loss_forward_kernel",
@@ -439,7 +440,7 @@ FAULTS_IN_PTX = {
         "pairs_gradient_kernel",
         once(r"(st\.global\.v4\.b32 \[ %rd\d+ \+ )(0|16)", lambda found: f"{found[1]}{int(found[2]) ^ 32}"),
         in_place_gradient,
-        r"thread \d+ of program \d: (writes what .* reads|reads what .* writes|two threads write different).*similarity_ptr",
+        r"thread \d+ of program \d: (writes what .* reads|reads what .* writes|two threads write different).*similarity\[",
     ),
     "a 32-bit address": (
         "sigmoid_forward_kernel",
@@ -488,58 +489,137 @@ def strided(n):
     return torch.randn(n, 3)[:, 0]
 
 
+def block():
+    """Cut out of three dimensions; each row has a tail."""
+    return torch.randn(4, 8, 40)[:3, :5, :33]
+
+
+GATE = ("sigmoid", 1.0, None, 0.0)
+
+
+def gated(kernels, shape, gate_shape):
+    """The gradients of an operand and of a gate that is broadcast against it."""
+    grad_output, a = torch.randn(2, *shape)
+    return kernels.gates.broadcast_backward(grad_output, a, torch.randn(gate_shape), GATE)
+
+
 FAULTS_IN_KERNELS = {
     "a mask one too wide": (
-        ("launch.py", "mask = columns < end", "mask = columns <= end"),
+        ("tiles.py", "column_mask = columns < end", "column_mask = columns <= end"),
         lambda kernels: kernels.sigmoid.sigmoid_forward(torch.randn(1031)),
-        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x_ptr",
+        r"ld\.global.*thread \d+ of program 1: out of bounds: 4 bytes at 0 bytes past the end of x",
+    ),
+    "a row too many": (
+        ("tiles.py", "row_mask = rows < n_rows", "row_mask = rows <= n_rows"),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(block()),
+        r"ld\.global.*thread \d+ of program 6: out of bounds: 4 bytes at 28 bytes past the end of x",
     ),
     "the tail missing": (
-        ("sigmoid.py", "tl.static_range(2)", "tl.static_range(1)"),
+        ("pointwise.py", "tl.static_range(2)", "tl.static_range(1)"),
         lambda kernels: kernels.sigmoid.sigmoid_forward(torch.randn(1031)),
-        r"sigmoid_forward_kernel: no thread of any program has written sigma_ptr\[1024\]",
+        r"sigmoid_forward_kernel: no thread of any program has written outputs\[0\]\[1024\]",
     ),
     "the stride of the wrong operand": (
-        (
-            "sigmoid.py",
-            "saved = load_tile(saved_ptr, saved_row_stride, saved_column_stride, tile)",
-            "saved = load_tile(saved_ptr, saved_row_stride, grad_output_column_stride, tile)",
-        ),
+        ("pointwise.py", "value = load(inputs[i], strides[i], part)", "value = load(inputs[i], strides[i - 1], part)"),
         lambda kernels: kernels.sigmoid.sigmoid_backward(strided(300), torch.randn(300), True),
-        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at \d+ bytes past the end of saved_ptr",
+        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at \d+ bytes past the end of saved",
+    ),
+    "the strides of an input for an output": (
+        (
+            "pointwise.py",
+            "store(outputs[i], strides[N_INPUTS + i], part, result)",
+            "store(outputs[i], strides[i], part, result)",
+        ),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(strided(300)),
+        r"st\.global.*thread \d+ of program 0: out of bounds: 4 bytes at \d+ bytes past the end of outputs\[0\]",
+    ),
+    "an absent operand that shifts the strides of the next": (
+        (
+            "launch.py",
+            "tuple((None,) * 3 if tensor is None else next(strides) for tensor in inputs)",
+            "(*(next(strides) for tensor in inputs if tensor is not None), (None,) * 3, (None,) * 3)",
+        ),
+        lambda kernels: kernels.losses.loss_backward(
+            *torch.rand(3, 70, 33), None, torch.rand(33), None, Loss(reduction="none")
+        ),
+        r"loss_backward_kernel.*ld\.global.*thread \d+ of program \d: out of bounds: .* past the end of pos_weight",
     ),
     "a stride left out": (
         (
-            "launch.py",
-            "return tl.load(pointer + columns * column_stride, mask=mask)",
-            "return tl.load(pointer + columns, mask=mask)",
+            "tiles.py",
+            "return pointer + columns * column_stride, column_mask",
+            "return pointer + columns, column_mask",
         ),
         lambda kernels: kernels.sigmoid.sigmoid_forward(strided(300)),
-        r"ld\.global.*thread \d+ of program 0: reads memory that is no input and that nobody has written: x_ptr\[\d+\]",
+        r"ld\.global.*thread \d+ of program 0: reads memory that is no input and that nobody has written: x\[\d+\]",
+    ),
+    "the stride of matrices left out": (
+        ("tiles.py", "pointer += matrix * matrix_stride", "pass"),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(block()),
+        r"sigmoid_forward_kernel: no thread of any program has written outputs\[0\]\[165\]",
+    ),
+    "a matrix stored over another": (
+        (
+            "tiles.py",
+            "    places, mask = addresses(pointer, strides, part)\n    tl.store",
+            "    places, mask = addresses(pointer, (None, strides[1], strides[2]), part)\n    tl.store",
+        ),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(block()),
+        r"st\.global.*thread \d+ of program \d: two threads write different values: outputs\[0\]\[\d+\]",
+    ),
+    "blocks of rows counted on through the matrices": (
+        ("tiles.py", "row_block = row_block % row_blocks", "pass"),
+        lambda kernels: kernels.sigmoid.sigmoid_forward(block()),
+        r"sigmoid_forward_kernel: no thread of any program has written outputs\[0\]\[165\]",
     ),
     "offsets of 32 bits": (
         ("launch.py", "return reach > INT32_MAX - INTERPRETED_TILE_ELEMENTS", "return False"),
         lambda kernels: kernels.sigmoid.sigmoid_forward(far_apart()),
-        r"thread \d+ of program 0: out of bounds: 2 bytes at \d+ bytes before the start of x_ptr",
+        r"thread \d+ of program 0: out of bounds: 2 bytes at \d+ bytes before the start of x",
     ),
     "a compilation kept for other alignments": (
         ("launch.py", "key += tensor.dtype, tensor.stride(), pointer & 15", "key += tensor.dtype, tensor.stride()"),
         lambda kernels: [kernels.sigmoid.sigmoid_forward(torch.randn(2064)[first : first + 2048]) for first in (0, 1)],
-        r"ld\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at x_ptr\[0\]",
+        r"ld\.global\.v4.*thread 0 of program 0: misaligned: 16 bytes at x\[0\]",
     ),
     "an output never written": (
-        (
-            "sigmoid.py",
-            "store_tile(grad_saved_ptr, grad_saved_row_stride, grad_saved_column_stride, tile, grad_saved)",
-            "pass",
-        ),
+        ("pointwise.py", "for i in tl.static_range(N_OUTPUTS)", "for i in tl.static_range(N_OUTPUTS - 1)"),
         lambda kernels: kernels.sigmoid.sigmoid_double_backward(*torch.randn(3, 100), True),
-        r"sigmoid_double_backward_kernel: no thread of any program has written grad_saved_ptr\[0\]",
+        r"sigmoid_double_backward_kernel: no thread of any program has written outputs\[1\]\[0\]",
     ),
     "sums read before they are written": (
-        ("losses.py", "mask = start + offsets < n_partials", "mask = start + offsets < n_partials + 1"),
-        lambda kernels: kernels.losses.folded(torch.randn(100), torch.float32),
-        r"ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of sums_ptr",
+        ("reduce.py", "mask = start + offsets < n_partials", "mask = start + offsets < n_partials + 1"),
+        lambda kernels: kernels.reduce.fold(torch.randn(100), torch.empty(())),
+        r"fold_kernel.*ld\.global.*thread \d+ of program 0: out of bounds: 4 bytes at 0 bytes past the end of inputs\[0\]",
+    ),
+    "a sum along rows without their tails": (
+        ("reduce.py", "has_tail = walk.sizes[2] % TAIL_COLUMNS.value != 0", "has_tail = False"),
+        lambda kernels: gated(kernels, (40, 33), (40, 1)),
+        r"gate_backward_kernel: no thread of any program has written outputs\[0\]\[32\]",
+    ),
+    "a loop that leaves the tail out": (
+        ("reduce.py", "for TAIL in tl.static_range(1 + HAS_TAIL)", "for TAIL in tl.static_range(1)"),
+        lambda kernels: gated(kernels, (40, 33), (1, 33)),
+        r"gate_backward_kernel: no thread of any program has written outputs\[0\]\[32\]",
+    ),
+    "the sums of the last columns never stored": (
+        (
+            "reduce.py",
+            "for TAIL in tl.static_range(1 + HAS_TAIL):\n            present, part = select_part((matrix, 0",
+            "for TAIL in tl.static_range(1):\n            present, part = select_part((matrix, 0",
+        ),
+        lambda kernels: gated(kernels, (40, 33), (1, 33)),
+        r"gate_backward_kernel: no thread of any program has written outputs\[1\]\[32\]",
+    ),
+    "the sums of one matrix over those of another": (
+        ("reduce.py", "outer = split if n_matrices is None else split * n_matrices + matrix", "outer = split"),
+        lambda kernels: gated(kernels, (4, 40, 33), (4, 1, 33)),
+        r"gate_backward_kernel.*st\.global.*two threads write different values: outputs\[1\]\[\d+\]",
+    ),
+    "more programs than splits": (
+        ("reduce.py", "return n_matrices * self.splits *", "return n_matrices * (self.splits + 1) *"),
+        lambda kernels: gated(kernels, (4, 40, 33), (4, 1, 33)),
+        r"gate_backward_kernel.*thread \d+ of program \d+: out of bounds: 4 bytes at \d+ bytes past the end of",
     ),
 }
 
@@ -562,13 +642,34 @@ def test_a_fault_in_a_kernel_is_found(fault, ptx, tmp_path):
 
 
 def sum_of_partials(kernels):
-    return kernels.losses.folded(torch.ones(3000), torch.float32).item() == 3000
+    total = torch.empty(())
+    kernels.reduce.fold(torch.ones(3000), total)
+    return total.item() == 3000
 
 
-def sum_of_losses(kernels):
-    x = torch.zeros(9000)
+def sum_of_losses(kernels, n=9000):
+    x = torch.zeros(n)
     loss, _ = kernels.losses.loss_forward(x, x, None, None, Loss(reduction="sum"), torch.float32)
-    return abs(loss.item() - 9000 * math.log(2)) < 0.01
+    return abs(loss.item() - n * math.log(2)) < 0.01
+
+
+def sums_of_a_gate(kernels, shape, gate_shape):
+    """For gates of 0, whose σ' is ¼, and products of 4."""
+    ones, gate = torch.ones(shape), torch.zeros(gate_shape)
+    _, sums = kernels.gates.broadcast_backward(2 * ones, 2 * ones, gate, GATE)
+    return (sums == math.prod(shape) / gate.numel()).all()
+
+
+def split_sums(kernels):
+    """Of rows and of columns so long that several programs share one."""
+    return all(
+        sums_of_a_gate(kernels, *each) for each in (((2, 5003), (2, 1)), ((3001, 33), (1, 33)), ((3, 900, 40), (3, 1, 40)))
+    )
+
+
+def one_gate_a_matrix(kernels):
+    a, gate = block(), torch.tensor([-1.0, 0.0, 2.0]).view(3, 1, 1)
+    return torch.allclose(kernels.gates.gate_forward(a, gate, GATE), a * torch.sigmoid(gate))
 
 
 def gradient_within_its_bound(kernels):
@@ -590,7 +691,7 @@ FAULTS_IN_VALUES = {
     "partial sums dropped": (
         [
             (
-                "losses.py",
+                "reduce.py",
                 "for start in range(0, n_partials, BLOCK_SIZE)",
                 "for start in range(BLOCK_SIZE, n_partials, BLOCK_SIZE)",
             )
@@ -598,14 +699,39 @@ FAULTS_IN_VALUES = {
         sum_of_partials,
     ),
     "tiles added up twice": (
-        [
-            (
-                "losses.py",
-                "range(tl.program_id(0), n_tiles, tl.num_programs(0))",
-                "range(tl.program_id(0) // 2, n_tiles, tl.num_programs(0))",
-            )
-        ],
+        [("reduce.py", "for index in range(tl.program_id(0), count", "for index in range(tl.program_id(0) // 2, count")],
         sum_of_losses,
+    ),
+    "tails not added up": (
+        [("reduce.py", "result = tl.sum(totals[i]) + tails[i]", "result = tl.sum(totals[i])")],
+        functools.partial(sum_of_losses, n=9001),
+    ),
+    "a block in the sums of two programs": (
+        [("reduce.py", "tl.minimum(n_blocks, (split + 1) * n_steps)", "tl.minimum(n_blocks, (split + 1) * n_steps + 1)")],
+        split_sums,
+    ),
+    "the tails of a sum along rows dropped": (
+        [("reduce.py", "(total + tails if HAS_TAIL else total)", "total")],
+        functools.partial(sums_of_a_gate, shape=(40, 33), gate_shape=(40, 1)),
+    ),
+    "tails of the last rows only": (
+        [
+            ("reduce.py", "ENOUGH_PROGRAMS = 1024", "ENOUGH_PROGRAMS = 8"),  # so each adds up several blocks of rows
+            (
+                "reduce.py",
+                "tails += tl.sum(term, axis=AXIS, keep_dims=True)",
+                "tails = tl.sum(term, axis=AXIS, keep_dims=True)",
+            ),
+        ],
+        functools.partial(sums_of_a_gate, shape=(3001, 33), gate_shape=(1, 33)),
+    ),
+    "partial sums left to be added up, dropped": (
+        [("reduce.py", "sums = sums.sum(", "sums = sums[:1].sum(")],
+        split_sums,
+    ),
+    "the first matrix's gate for all": (
+        [("tiles.py", "pointer if strides[0] is None else pointer + part[0] * strides[0]", "pointer")],
+        one_gate_a_matrix,
     ),
     "the correction of a quotient left out": (
         [
