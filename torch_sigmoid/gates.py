@@ -279,7 +279,7 @@ def sigmoid_gate(input: Tensor, gate: Tensor) -> Tensor:
     Pass the pre-activation of the gate, not its sigmoid. Gradients: grad·σ(gate) for the input, and for the gate
     grad·input·e/(1+e)² with e = e^-|gate|, summed up over the dimensions along which it was broadcast. A gate such as
     (N, C, 1, 1) of (N, C, H, W) or (B, T, H, 1) of (B, T, H, D) is read once a row. Its gradient is summed up in fp32 (fp64 for
-    fp64) where it is computed, in an order that depends on shapes, strides and dtypes only.
+    fp64) where it is computed, in an order that depends on shapes, strides, dtypes and alignment only.
 
     Args:
         input: a tensor of any shape and float dtype.

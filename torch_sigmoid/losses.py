@@ -182,7 +182,7 @@ def binary_cross_entropy_with_logits(
     Neither term cancels or overflows, and each gradient, weight·((1-t)·σ(x) - pos_weight·t·σ(-x)), is exact in both tails: in
     bf16 the gradient of torch.nn.functional.binary_cross_entropy_with_logits at t = 1 is 0 from x = 6.25 on. Forward,
     backward and double backward are one pass over the tensors each, the reduction included; sums are taken in fp32 (fp64 for
-    fp64), in an order that depends on shapes, strides and dtypes only.
+    fp64), in an order that depends on shapes, strides, dtypes and alignment only.
 
     Args:
         input: logits x, of any shape and float dtype.

@@ -369,8 +369,8 @@ def _run_once(function: Callable[..., Tensor], case: Case, device: torch.device,
     leaves = [each.detach().requires_grad_(index not in case.constants) for index, each in enumerate(operands)]
     inputs = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        output = function(*leaves)
-        for grad in (torch.ones_like(output), output.new_ones(()).expand(output.shape)):
-            upstream = grad.requires_grad_()
+        for expanded in (False, True):
+            output = function(*leaves)
+            upstream = (output.new_ones(()).expand(output.shape) if expanded else torch.ones_like(output)).requires_grad_()
             grads = torch.autograd.grad(output, inputs, upstream, create_graph=True)
             torch.autograd.grad(grads, [upstream, *inputs], [torch.ones_like(each) for each in grads])
