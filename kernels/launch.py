@@ -50,7 +50,7 @@ class Walk(NamedTuple):
 
     @property
     def arguments(self) -> tuple:
-        return self.strides, self.sizes, self.block_rows, self.block_columns, self.use_int64
+        return self.strides, *self.sizes, self.block_rows, self.block_columns, self.use_int64
 
 
 def needs_int64(shape: Strides, strides: tuple[Strides, ...]) -> bool:

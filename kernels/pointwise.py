@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher
-from .tiles import count_elements, load, place_of, select_part, store
+from .tiles import SIZES, count_elements, load, place_of, select_part, store
 
 FORMULA = None  # `with_formula` gives each kernel its own
 
 
 @triton.jit
-def load_all(inputs, strides, sizes, part, N_INPUTS: tl.constexpr, GIVEN: tl.constexpr):
+def load_all(inputs, strides, n_matrices, n_rows, n_columns, part, N_INPUTS: tl.constexpr, GIVEN: tl.constexpr):
     """The values for a formula, floats in the first one's arithmetic. An input that is None is a factor of 1."""
     values = (load(inputs[0], strides[0], part),)
     for i in tl.static_range(1, N_INPUTS):
@@ -31,7 +31,7 @@ def load_all(inputs, strides, sizes, part, N_INPUTS: tl.constexpr, GIVEN: tl.con
     if GIVEN == "columns":
         values += (part[2],)
     elif GIVEN == "n_elements":
-        values += (count_elements(sizes, values[0]),)
+        values += (count_elements(n_matrices, n_rows, n_columns, values[0]),)
     return values
 
 
@@ -39,7 +39,9 @@ def pointwise_kernel(
     inputs,
     outputs,
     strides,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -50,11 +52,11 @@ def pointwise_kernel(
     """`strides` are those of the inputs, then those of the outputs."""
     ROUND_TO_16_BIT: tl.constexpr = inputs[0].dtype.element_ty.primitive_bitwidth == 16
     N_OUTPUTS: tl.constexpr = len(outputs)
-    place = place_of(tl.program_id(0), sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+    place = place_of(tl.program_id(0), n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
     for TAIL in tl.static_range(2):
-        present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        present, part = select_part(place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         if present:
-            values = load_all(inputs, strides, sizes, part, N_INPUTS, GIVEN)
+            values = load_all(inputs, strides, n_matrices, n_rows, n_columns, part, N_INPUTS, GIVEN)
             results = FORMULA(*values, *constants, ROUND_TO_16_BIT)
             for i in tl.static_range(N_OUTPUTS):
                 result = results if N_OUTPUTS == 1 else results[i]
@@ -68,9 +70,8 @@ def with_formula(kernel, formula):
     """
     body = types.FunctionType(kernel.__code__, kernel.__globals__ | {"FORMULA": formula})
     body.__annotations__ = kernel.__annotations__
-    # A width of 1 or of a multiple of 16 is no reason to compile again.
     name = formula.__name__.removesuffix("formula") + "kernel"
-    return triton.jit(body, do_not_specialize=["sizes", "n_steps"], repr=lambda _: name)
+    return triton.jit(body, do_not_specialize=[*SIZES, "n_steps"], repr=lambda _: name)
 
 
 def as_constants(values) -> tuple:

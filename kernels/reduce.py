@@ -39,7 +39,9 @@ def total_kernel(
     inputs,
     outputs,
     strides,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -62,12 +64,14 @@ def total_kernel(
             zeros = upcast(tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), DTYPE))
         totals += (zeros,)
         tails += (tl.sum(zeros),)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
-        place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+    for index in range(
+        tl.program_id(0), count_tiles(n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)
+    ):
+        place = place_of(index, n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
-            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+            present, part = select_part(place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
             if present:
-                values = load_all(inputs, strides, sizes, part, N_INPUTS, GIVEN)
+                values = load_all(inputs, strides, n_matrices, n_rows, n_columns, part, N_INPUTS, GIVEN)
                 results = FORMULA(*values, *constants, ROUND_TO_16_BIT)
                 for i in tl.static_range(N_STORED):
                     store(outputs[i], strides[N_INPUTS + i], part, results[i])
@@ -84,7 +88,7 @@ def total_kernel(
     for i in tl.static_range(N_SUMS):
         result = tl.sum(totals[i]) + tails[i]
         if IS_MEAN:
-            result = divided(result, count_elements(sizes, result))
+            result = divided(result, count_elements(n_matrices, n_rows, n_columns, result))
         tl.store(outputs[N_STORED + i] + tl.program_id(0), result)
 
 
@@ -92,7 +96,9 @@ def along_kernel(
     inputs,
     outputs,
     strides,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -109,7 +115,6 @@ def along_kernel(
     DTYPE: tl.constexpr = inputs[0].dtype.element_ty
     ROUND_TO_16_BIT: tl.constexpr = DTYPE.primitive_bitwidth == 16
     N_STORED: tl.constexpr = len(outputs) - 1
-    n_matrices, n_rows, n_columns = sizes
     sums_ptr = outputs[N_STORED]
     program = tl.program_id(0)
     if USE_INT64:
@@ -144,9 +149,11 @@ def along_kernel(
         else:
             place = matrix, block, column_block
         for TAIL in tl.static_range(1 + HAS_TAIL):
-            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64, HAS_TAIL)
+            present, part = select_part(
+                place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64, HAS_TAIL
+            )
             if present:
-                values = load_all(inputs, strides, sizes, part, N_INPUTS, None)
+                values = load_all(inputs, strides, n_matrices, n_rows, n_columns, part, N_INPUTS, None)
                 results = FORMULA(*values, *constants, ROUND_TO_16_BIT)
                 for i in tl.static_range(N_STORED):
                     store(outputs[i], strides[N_INPUTS + i], part, results[i])
@@ -158,12 +165,14 @@ def along_kernel(
     total = tl.sum(total, axis=AXIS, keep_dims=True)
     outer = split if n_matrices is None else split * n_matrices + matrix
     if ALONG_COLUMNS:
-        _, part = select_part((matrix, row_block, 0), sizes, 0, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+        _, part = select_part((matrix, row_block, 0), n_matrices, n_rows, n_columns, 0, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         offsets = outer * (1 if n_rows is None else n_rows) + part[1]
         tl.store(sums_ptr + offsets, (total + tails if HAS_TAIL else total).to(sums_ptr.dtype.element_ty), mask=part[3])
     else:
         for TAIL in tl.static_range(1 + HAS_TAIL):
-            present, part = select_part((matrix, 0, column_block), sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64, HAS_TAIL)
+            present, part = select_part(
+                (matrix, 0, column_block), n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64, HAS_TAIL
+            )
             if present:
                 result = (tails if TAIL else total).to(sums_ptr.dtype.element_ty)
                 tl.store(sums_ptr + outer * n_columns + part[2], result, mask=part[4])

@@ -19,7 +19,7 @@ from . import maths
 from .launch import Launcher, plan
 from .pointwise import pointwise
 from .reduce import programs_for
-from .tiles import addresses, count_tiles, load, place_of, select_part
+from .tiles import SIZES, addresses, count_tiles, load, place_of, select_part
 
 # The derivatives, by the number that selects one in a kernel; the first three are numbered as in maths.py.
 DERIVATIVES = ("sigmoid", "silu", "logsigmoid", "tanh", "relu", "hardsigmoid")
@@ -57,12 +57,14 @@ def count(mask):
     return tl.sum(mask.to(tl.int32)).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=SIZES)
 def activation_kernel(
     inputs,
     outputs,
     strides,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -81,10 +83,12 @@ def activation_kernel(
     n_lost = zero
     sum_of_slopes = zero
     smallest = tl.full((), float("inf"), tl.float64)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
-        place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+    for index in range(
+        tl.program_id(0), count_tiles(n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)
+    ):
+        place = place_of(index, n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
-            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+            present, part = select_part(place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
             if present:
                 mask = part[5]
                 x = load(x_ptr, strides[0], part)
@@ -113,12 +117,14 @@ def activation_kernel(
     tl.store(partials_ptr + 4, smallest)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=SIZES)
 def squares_kernel(
     inputs,
     outputs,
     strides,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -126,10 +132,12 @@ def squares_kernel(
     squares = tl.full((), 0.0, tl.float64)
     n = tl.full((), 0.0, tl.float64)
     n_not_finite = tl.full((), 0.0, tl.float64)
-    for index in range(tl.program_id(0), count_tiles(sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)):
-        place = place_of(index, sizes, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+    for index in range(
+        tl.program_id(0), count_tiles(n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64), tl.num_programs(0)
+    ):
+        place = place_of(index, n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
         for TAIL in tl.static_range(2):
-            present, part = select_part(place, sizes, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+            present, part = select_part(place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
             if present:
                 mask = part[5]
                 g = load(inputs[0], strides[0], part).to(tl.float64)

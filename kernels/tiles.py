@@ -1,8 +1,8 @@
 """A program's share of a walk, on the device: which elements it handles, and how it loads and stores them.
 
-A walk sees its tensors, all of one shape, as matrices of rows and columns. `sizes` are the number of matrices, of rows and of
-columns, the first two None where there is one only; the strides of a tensor are three likewise, None where the address does not
-change: along an expanded dimension, whose elements are then loaded once and not once an element.
+A walk sees its tensors, all of one shape, as `n_matrices` matrices of `n_rows` rows and `n_columns` columns, the first two None
+where there is one only. The strides of a tensor are three likewise, None where the address does not
+change: along an expanded dimension, which is then loaded once and not once an element.
 
 A program handles one tile at a time, in two parts. The body covers the columns up to the last multiple of 16, so the compiler
 may prove that neighbouring lanes share their mask and move 16 bytes an access whatever the width. The tail, 16 columns wide,
@@ -15,6 +15,8 @@ import triton.language as tl
 from .maths import upcast
 
 TAIL_COLUMNS = tl.constexpr(16)
+# A width of 1 or a multiple of 16 is no reason to compile again. (In a tuple they would be: Triton specialises what is inside.)
+SIZES = ["n_matrices", "n_rows", "n_columns"]
 
 
 @triton.jit
@@ -27,8 +29,7 @@ def count_blocks(size, BLOCK_SIZE: tl.constexpr, USE_INT64: tl.constexpr):
 
 
 @triton.jit
-def count_tiles(sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
-    n_matrices, n_rows, n_columns = sizes
+def count_tiles(n_matrices, n_rows, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
     n_tiles = count_blocks(n_columns, BLOCK_COLUMNS, USE_INT64)
     if n_rows is not None:
         n_tiles *= count_blocks(n_rows, BLOCK_ROWS, USE_INT64)
@@ -38,9 +39,8 @@ def count_tiles(sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, US
 
 
 @triton.jit
-def count_elements(sizes, like):
+def count_elements(n_matrices, n_rows, n_columns, like):
     """How many elements a walk covers, as a number of the dtype of `like`."""
-    n_matrices, n_rows, n_columns = sizes
     n_elements = n_columns.to(tl.int64)
     if n_rows is not None:
         n_elements *= n_rows
@@ -50,9 +50,10 @@ def count_elements(sizes, like):
 
 
 @triton.jit
-def place_of(index, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
+def place_of(
+    index, n_matrices, n_rows, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr
+):
     """Where the tile of this index lies: its matrix, and its block of rows and of columns."""
-    n_matrices, n_rows, n_columns = sizes
     if USE_INT64:
         index = index.to(tl.int64)
     matrix = index * 0
@@ -72,7 +73,9 @@ def place_of(index, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 @triton.jit
 def select_part(
     place,
-    sizes,
+    n_matrices,
+    n_rows,
+    n_columns,
     TAIL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -84,7 +87,6 @@ def select_part(
     Where the walk as a whole has no tail, every body is non-empty.
     """
     matrix, row_block, column_block = place
-    _, n_rows, n_columns = sizes
     if USE_INT64:
         n_columns = n_columns.to(tl.int64)
     first_column = column_block * BLOCK_COLUMNS
