@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing test lint mutants bench figures gpu clean
+.PHONY: train vanishing test lint types mutants bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -22,6 +22,12 @@ test: lint
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Has every exported name a complete type? Pyright runs in node, which pip brings: after the first call this needs no network.
+types: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,types]"
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=. $(RUN) -m pyright --verifytypes torch_sigmoid --ignoreexternal
 
 # Do the tests notice a wrong line? 100 random ones, each in a copy of the checkout, for hours; a second call continues there.
 mutants: $(VENV)/installed

@@ -184,7 +184,7 @@ def is_ours(tensor: Tensor) -> bool:
 class Path(NamedTuple):
     """The path a call takes, and why."""
 
-    name: str
+    name: Literal["triton", "traced", "torch"]
     reason: str
 
 

@@ -55,7 +55,7 @@ class intercept(TorchFunctionMode):
     def __init__(self, *, save: Save = "output") -> None:
         check_save(save)
         super().__init__()
-        self.save = save
+        self.save: Save = save
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
