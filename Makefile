@@ -24,9 +24,8 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Has every exported name a complete type? Pyright runs in node, which pip brings: after the first call this needs no network.
-types: $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,types]"
+# Has every exported name a complete type? Pyright runs in node, which pip installs with it: only the first call needs a network.
+types: $(VENV)/installed-types
 	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=. $(RUN) -m pyright --verifytypes torch_sigmoid --ignoreexternal
 
 # Do the tests notice a wrong line? 100 random ones, each in a copy of the checkout, for hours; a second call continues there.
@@ -50,6 +49,10 @@ gpu:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench]"
+	touch $@
+
+$(VENV)/installed-types: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[types]"
 	touch $@
 
 clean:
