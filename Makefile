@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing test lint mutants bench figures gpu clean
+.PHONY: train vanishing test lint types mutants bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -22,6 +22,11 @@ test: lint
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Has every exported name a complete type? Pyright runs in node, which pip installs with it: only the first call needs a network.
+types: $(VENV)/installed-types
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=. $(RUN) -m pyright --verifytypes torch_sigmoid --ignoreexternal
 
 # Do the tests notice a wrong line? 100 random ones, each in a copy of the checkout, for hours; a second call continues there.
 mutants: $(VENV)/installed
@@ -46,5 +51,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench]"
 	touch $@
 
+$(VENV)/installed-types: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[types]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

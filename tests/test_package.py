@@ -107,6 +107,7 @@ def test_a_wheel_holds_the_kernels_and_works_outside_the_checkout(tmp_path):
         archive.extractall(tmp_path / "site")
     assert {"torch_sigmoid/kernels/sigmoid.py", "torch_sigmoid/py.typed"} <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+    assert not any(name.endswith(".pyi") for name in names)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import torch, torch_sigmoid; "
         "import torch_sigmoid.kernels as kernels; print(kernels.__file__, torch_sigmoid.Sigmoid()(torch.zeros(1)).item())"

@@ -6,9 +6,11 @@ Importing this package imports neither Triton nor anything that needs a GPU: the
 import importlib.util as _importlib
 import pathlib as _pathlib
 import sys as _sys
+import typing as _typing
 
 # An installed package contains kernels/; in a checkout it stands beside the package, at the root, and is loaded from there.
-if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
+# Type checkers read kernels.pyi.
+if not _typing.TYPE_CHECKING and not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     _kernels = _pathlib.Path(__file__).parent.parent / "kernels" / "__init__.py"
     _spec = _importlib.spec_from_file_location(f"{__name__}.kernels", _kernels)
     assert _spec is not None

@@ -14,19 +14,31 @@ Gates and losses, each an `Operator` that knows its value, its gradients and the
 A second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import kernels
-from .dispatch import NOBODY, REVERSE_MODE, TRACER, TRANSFORM, Save, launchable, listener, threshold_allows_kernel
+from .dispatch import (
+    NOBODY,
+    REVERSE_MODE,
+    TRACER,
+    TRANSFORM,
+    Gradients,
+    Save,
+    Tensors,
+    launchable,
+    listener,
+    threshold_allows_kernel,
+)
 from .formulas import curvature_from_output, sigmoid_grad_from_input, sigmoid_grad_from_output, upcast
 from .internals import apply_of, is_legacy_batched, nested_jvp, unwrap_if_dead
 
 
-def batch_first(info, in_dims, *tensors):
+def batch_first(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> Tensors:
     """Each tensor with its batch dimension first, expanded (not copied) where it has none."""
     return tuple(
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -45,7 +57,8 @@ def sigmoid_value(input: Tensor) -> Tensor:
 def sigmoid_gradient(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ'."""
     if launchable(saved, grad_output):
-        return kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+        gradient: Tensor = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+        return gradient
     return sigmoid_gradient_formula(grad_output, saved, save)
 
 
@@ -58,14 +71,23 @@ def sigmoid_gradient_formula(grad_output: Tensor, saved: Tensor, save: Save) -> 
 def sigmoid_second_gradients(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: Save) -> tuple[Tensor, Tensor]:
     """The gradients that reach `grad_output` and `saved` when `grad_grad_input` reaches their grad_output·σ'."""
     if launchable(saved, grad_output, grad_grad_input):
-        return kernels.sigmoid.sigmoid_double_backward(grad_grad_input, grad_output, saved, save == "input")
+        gradients: tuple[Tensor, Tensor] = kernels.sigmoid.sigmoid_double_backward(
+            grad_grad_input, grad_output, saved, save == "input"
+        )
+        return gradients
     return (
         sigmoid_gradient_formula(grad_grad_input, saved, save).to(grad_output.dtype),
         _curvature(grad_grad_input, grad_output, saved, save, sigmoid_gradient_formula),
     )
 
 
-def _curvature(grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: Save, gradient) -> Tensor:
+def _curvature(
+    grad_grad_input: Tensor,
+    grad_output: Tensor,
+    saved: Tensor,
+    save: Save,
+    gradient: Callable[[Tensor, Tensor, Save], Tensor],
+) -> Tensor:
     """grad_grad_input·grad_output·∂σ'/∂saved; differentiable if `gradient`, which gives grad·σ', is."""
     outer, grad, wide = upcast(grad_grad_input), upcast(grad_output), upcast(saved)
     if save == "output":
@@ -81,12 +103,17 @@ class SigmoidFunction(Function):
     Saves σ for save="output", x for save="input". `torch_sigmoid.sigmoid` is the validated way to call it.
     """
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, input: Tensor, save: Save = "output") -> Tensor: ...
+
     @staticmethod
-    def forward(input, save="output"):
+    def forward(input: Tensor, save: Save = "output") -> Tensor:
         return sigmoid_value(input)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Save], output: Tensor) -> None:
         input, ctx.save = inputs
         saved = output if ctx.save == "output" else input
         ctx.save_for_backward(saved)
@@ -94,14 +121,14 @@ class SigmoidFunction(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor | None) -> Gradients:
         if grad_output is None:
             return None, None
         (saved,) = ctx.saved_tensors
         return sigmoid_backward(grad_output, saved, ctx.save), None
 
     @staticmethod
-    def jvp(ctx, input_tangent, _):
+    def jvp(ctx: Any, input_tangent: Tensor | None, _: None) -> Tensor | None:
         if input_tangent is None:
             return None
         if nested_jvp():
@@ -110,26 +137,31 @@ class SigmoidFunction(Function):
         return sigmoid_backward(input_tangent, saved, ctx.save)
 
     @staticmethod
-    def vmap(info, in_dims, input, save):
+    def vmap(info: Any, in_dims: tuple[int | None, None], input: Tensor, save: Save) -> tuple[Tensor, int | None]:
         return SigmoidFunction.apply(input, save), in_dims[0]
 
 
 class SigmoidBackwardFunction(Function):
     """grad_output·σ' as a differentiable function of grad_output and of what was saved."""
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, grad_output: Tensor, saved: Tensor, save: Save) -> Tensor: ...
+
     @staticmethod
-    def forward(grad_output, saved, save):
+    def forward(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
         return sigmoid_gradient(grad_output, saved, save)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Save], output: Tensor) -> None:
         *tensors, ctx.save = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_grad_input):
+    def backward(ctx: Any, grad_grad_input: Tensor | None) -> Gradients:
         if grad_grad_input is None:
             return None, None, None
         grad_output, saved = ctx.saved_tensors
@@ -143,7 +175,7 @@ class SigmoidBackwardFunction(Function):
         )
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, saved_tangent, _):
+    def jvp(ctx: Any, grad_output_tangent: Tensor | None, saved_tangent: Tensor | None, _: None) -> Tensor | None:
         grad_output, saved = ctx.saved_tensors
         terms = []
         if grad_output_tangent is not None:
@@ -153,15 +185,21 @@ class SigmoidBackwardFunction(Function):
         return sum(terms[1:], start=terms[0]) if terms else None
 
     @staticmethod
-    def vmap(info, in_dims, grad_output, saved, save):
-        return SigmoidBackwardFunction.apply(*batch_first(info, in_dims, grad_output, saved), save), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], grad_output: Tensor, saved: Tensor, save: Save) -> tuple[Tensor, int]:
+        grad_output, saved = batch_first(info, in_dims, grad_output, saved)
+        return SigmoidBackwardFunction.apply(grad_output, saved, save), 0
 
 
 class SigmoidInplaceFunction(Function):
     """σ(x) written over x; saves σ, which is then the same tensor. torch's operator writes: N1 makes the values equal."""
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, input: Tensor) -> Tensor: ...
+
     @staticmethod
-    def forward(ctx, input):
+    def forward(ctx: Any, input: Tensor) -> Tensor:
         ctx.mark_dirty(input)
         output = input.sigmoid_()
         ctx.save_for_backward(output)
@@ -169,7 +207,7 @@ class SigmoidInplaceFunction(Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
         if grad_output is None:
             return None
         (output,) = ctx.saved_tensors
@@ -180,14 +218,14 @@ class _EagerSigmoidFromOutput(Function):
     """SigmoidFunction with save="output" for eager reverse mode, which needs neither setup_context nor its cost."""
 
     @staticmethod
-    def forward(ctx, input):
+    def forward(ctx: Any, input: Tensor) -> Tensor:
         output = sigmoid_value(input)
         ctx.save_for_backward(output)
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
         return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "output")
 
 
@@ -195,17 +233,20 @@ class _EagerSigmoidFromInput(Function):
     """SigmoidFunction with save="input", likewise."""
 
     @staticmethod
-    def forward(ctx, input):
+    def forward(ctx: Any, input: Tensor) -> Tensor:
         ctx.save_for_backward(input)
         ctx.set_materialize_grads(False)
         return sigmoid_value(input)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
         return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "input")
 
 
-_apply_eagerly = {"output": apply_of(_EagerSigmoidFromOutput), "input": apply_of(_EagerSigmoidFromInput)}
+_apply_eagerly: dict[Save, Callable[..., Tensor]] = {
+    "output": apply_of(_EagerSigmoidFromOutput),
+    "input": apply_of(_EagerSigmoidFromInput),
+}
 
 
 def record_sigmoid(input: Tensor, save: Save) -> Tensor:
@@ -230,6 +271,10 @@ def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     return SigmoidBackwardFunction.apply(grad_output, saved, save)
 
 
+# The value, and the count that a loss adds to it.
+Value = tuple[Tensor] | tuple[Tensor, Tensor | None]
+
+
 class Operator:
     """What the Functions below ask of an operator: its value and derivatives, by one kernel each, or in torch operators.
 
@@ -244,17 +289,25 @@ class Operator:
         batched()                                          the operator on tensors with one more dimension in front
     """
 
-    n_differentiable: int | None = None
+    n_differentiable: ClassVar[int | None] = None
     # From this listener on the formula takes the place of the Functions.
-    formula_from: int = TRACER
+    formula_from: ClassVar[int] = TRACER
+    forward: Callable[..., Value]
+    backward: Callable[..., Tensors]
+    double_backward: Callable[..., Tensors]
+    formula: Callable[..., Tensor]
+    backward_formula: Callable[..., Tensors]
+    double_backward_formula: Callable[..., Tensors]
+    jvp_formula: Callable[..., Tensor]
+    batched: Callable[[], "Operator"]
 
 
-def _filled(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _filled(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> Tensors:
     """Gradients or tangents, with zeros for those that nothing reaches."""
     return tuple(tensor.new_zeros(()).expand(tensor.shape) if grad is None else grad for grad, tensor in zip(grads, tensors))
 
 
-def _padded(grads: Sequence[Tensor | None], ctx) -> tuple:
+def _padded(grads: Sequence[Tensor | None], ctx: Any) -> Gradients:
     """The gradients, after a None for the operator and before a None for each operand without a gradient."""
     return (None, *grads) + (None,) * (len(ctx.needs_input_grad) - 1 - len(grads))
 
@@ -262,30 +315,36 @@ def _padded(grads: Sequence[Tensor | None], ctx) -> tuple:
 class OperatorFunction(Function):
     """operator(*tensors), for torch.func and forward mode."""
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, operator: Operator, *tensors: Tensor | None) -> Tensor: ...
+
     @staticmethod
-    def forward(operator, *tensors):
+    def forward(operator: Operator, *tensors: Tensor | None) -> Tensor:
         return operator.forward(*tensors)[0]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.operator, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor | None) -> Gradients:
         if grad_output is None:
             return _padded((), ctx)
         return _padded(operator_backward(ctx.operator, grad_output, *ctx.saved_tensors), ctx)
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
-        tensors = ctx.saved_tensors
-        return ctx.operator.jvp_formula(_filled(tangents, tensors), *tensors)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+        tensors: Tensors = ctx.saved_tensors
+        operator: Operator = ctx.operator
+        return operator.jvp_formula(_filled(tangents, tensors), *tensors)
 
     @staticmethod
-    def vmap(info, in_dims, operator, *tensors):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], operator: Operator, *tensors: Tensor) -> tuple[Tensor, int]:
         return OperatorFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors)), 0
 
 
@@ -293,7 +352,7 @@ class _EagerOperatorFunction(Function):
     """operator(*tensors), for eager reverse mode, where `forward` may add to what is saved."""
 
     @staticmethod
-    def forward(ctx, operator, *tensors):
+    def forward(ctx: Any, operator: Operator, *tensors: Tensor | None) -> Tensor:
         output, *others = operator.forward(*tensors)
         ctx.operator = operator
         ctx.save_for_backward(*tensors, *others)
@@ -306,30 +365,35 @@ class _EagerOperatorFunction(Function):
 class OperatorBackwardFunction(Function):
     """The gradients of an operator's tensors as a differentiable function of grad_output and of them."""
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Tensors: ...
+
     @staticmethod
-    def forward(operator, grad_output, *tensors):
+    def forward(operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Tensors:
         return tuple(operator.backward(grad_output, *tensors))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.operator, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if all(grad is None for grad in grads):
             return _padded((), ctx)
         grad_output, *tensors = ctx.saved_tensors
-        operator = ctx.operator
+        operator: Operator = ctx.operator
         derive = operator.double_backward if listener() == NOBODY else operator.double_backward_formula
         return _padded(derive(_filled(grads, tensors), grad_output, *tensors), ctx)
 
     @staticmethod
-    def jvp(ctx, _, grad_output_tangent, *tangents):
+    def jvp(ctx: Any, _: object, grad_output_tangent: Tensor | None, *tangents: Tensor | None) -> Tensors:
         grad_output, *tensors = ctx.saved_tensors
-        operator = ctx.operator
+        operator: Operator = ctx.operator
         (grad_output_tangent,) = _filled([grad_output_tangent], [grad_output])
         of_grad_output = operator.backward_formula(grad_output_tangent, *tensors)
         # The second derivative is symmetric: what reaches the tensors from the tangents is what the tangents make of them.
@@ -337,12 +401,14 @@ class OperatorBackwardFunction(Function):
         return tuple(one + other for one, other in zip(of_grad_output, of_tensors))
 
     @staticmethod
-    def vmap(info, in_dims, operator, *tensors):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], operator: Operator, *tensors: Tensor
+    ) -> tuple[Tensors, tuple[int, ...]]:
         results = OperatorBackwardFunction.apply(operator.batched(), *batch_first(info, in_dims[1:], *tensors))
         return results, (0,) * len(results)
 
 
-def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
+def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor | None) -> Tensors:
     """The gradients of the tensors, differentiable where that is asked for."""
     listening = listener()
     if listening == NOBODY:

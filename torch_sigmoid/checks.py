@@ -21,7 +21,8 @@ MAX_GAMMA = 1e6
 DENSE_FLOATS = "dense, float64, float32, float16 or bfloat16"
 
 
-_Parameters, _Result = ParamSpec("_Parameters"), TypeVar("_Result")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def check_save(save: str) -> None:
@@ -30,20 +31,20 @@ def check_save(save: str) -> None:
         raise ValueError(f'save must be "output" or "input", got {save!r}')
 
 
-def check_tensors(caller: str, **tensors) -> None:
+def check_tensors(caller: str, **tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{caller}(): {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def check_floats(caller: str, **tensors) -> None:
+def check_floats(caller: str, **tensors: Tensor) -> None:
     """A TypeError where torch's own operator has no kernel, and its error does not name the argument."""
     for name, tensor in tensors.items():
         if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
             raise TypeError(f"{caller}(): {name} must be a tensor of a float dtype, got {tensor.dtype}")
 
 
-def check_devices(caller: str, **tensors) -> None:
+def check_devices(caller: str, **tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"{caller}(): expected tensors on one device, got {found}")
@@ -79,7 +80,9 @@ def described(tensor: Tensor) -> str:
     return f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
 
 
-def check_loss_options(caller, reduction, label_smoothing, ignore_index, alpha=-1, gamma=0) -> None:
+def check_loss_options(
+    caller: str, reduction: str, label_smoothing: float, ignore_index: int | None, alpha: float = -1, gamma: float = 0
+) -> None:
     """An error unless the options of a loss are what the functions take."""
     for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha), ("gamma", gamma)):
         if not isinstance(value, (int, float, numbers.Real)):
@@ -133,7 +136,7 @@ def overridable(function: Callable[_Parameters, _Result]) -> Callable[_Parameter
         if has_torch_function(arguments) and not all(
             isinstance(each, Tensor) or not hasattr(type(each), "__torch_function__") for each in arguments
         ):
-            return cast(_Result, handle_torch_function(wrapper, arguments, *args, **kwargs))
+            return handle_torch_function(wrapper, arguments, *args, **kwargs)
         return function(*args, **kwargs)
 
     return wrapper
@@ -193,7 +196,7 @@ def process_group(group: "torch.distributed.ProcessGroup | str") -> "torch.distr
     if group == "world":
         if not (distributed.is_available() and distributed.is_initialized()):
             raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
-        return distributed.group.WORLD
+        return cast("torch.distributed.ProcessGroup", distributed.group.WORLD)
     if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
         raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
     return group

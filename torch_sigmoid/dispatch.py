@@ -27,10 +27,13 @@ from .internals import (
 )
 
 Save = Literal["output", "input"]
+Tensors = tuple[Tensor, ...]
+# One an argument, None for one that gets none.
+Gradients = tuple[Tensor | None, ...]
 
 # Triton's code generation for NVIDIA starts at Turing.
 MINIMUM_CAPABILITY = (7, 5)
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 WIDE_DTYPES = frozenset((torch.float32, torch.float64))
 
@@ -43,13 +46,13 @@ def _is_installed(package: str) -> bool:
 
 
 # False where no tensor of this process can reach a kernel, whatever its device. Does not import Triton to find out.
-KERNELS_EXIST = _is_installed("triton") and bool(
+KERNELS_EXIST: bool = _is_installed("triton") and bool(
     os.environ.get("TRITON_INTERPRET") or torch.version.cuda or torch.version.hip or torch.version.xpu
 )
 # At 2²² fp32 elements the kernels of a forward and a backward take about 20 µs at 4.3 TB/s, which hides the launches; that is
 # arithmetic on an H200's bandwidth, not a measurement.
 TORCH_BELOW_ON_NVIDIA = 2**22
-threshold = TORCH_BELOW_ON_NVIDIA if torch.version.cuda else 0
+threshold: int = TORCH_BELOW_ON_NVIDIA if torch.version.cuda else 0
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -181,7 +184,7 @@ def is_ours(tensor: Tensor) -> bool:
 class Path(NamedTuple):
     """The path a call takes, and why."""
 
-    name: str
+    name: Literal["triton", "traced", "torch"]
     reason: str
 
 

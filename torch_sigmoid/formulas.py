@@ -6,6 +6,8 @@ Arithmetic is fp32 or fp64: the callers upcast.
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ from torch.nn import functional as F
 
 from .dispatch import computes_eagerly
 
-aten_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
-_sigmoid_backward_into = torch.ops.aten.sigmoid_backward.grad_input
+aten_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.default
+_sigmoid_backward_into: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
 
 # As in maths.py: an infinite x would make 0·∞ of a limit, and e^-|x| is subnormal where a product with it is not.
 FAR = 1000.0
@@ -25,6 +27,7 @@ NEAR = {torch.float32: 80.0, torch.float64: 700.0}
 GAMMA_BITS, LOG_STEPS = 8, 64.0
 # Nearer than this torch's fused operators lose nothing.
 FUSED_WITHIN = 64.0
+_Number = TypeVar("_Number", Tensor, float)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, x_high * alpha_high - alpha * x + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
 
 
-def _halves(x):
+def _halves(x: _Number) -> tuple[_Number, _Number]:
     """x as a sum of two numbers of 26 bits each."""
     shifted = x * (2.0**27 + 1)
     high = shifted - (shifted - x)
@@ -156,7 +159,8 @@ def _weighted_by_fused(
 ) -> Tensor:
     """`_weighted` for values alone, by torch's fused operators where an element is near: at a fraction of its cost on a CPU."""
     if order == 0 and lost is None:
-        result = v * {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
+        fused: dict[str, Callable[..., Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}
+        result = v * fused[function](x)
     elif function == "sigmoid":
         result = aten_sigmoid_backward(torch.as_tensor(v, dtype=x.dtype), x.abs().neg_().sigmoid_())
     else:
@@ -175,7 +179,7 @@ def _weighted_by_fused(
     return _exactly_where(far, result, lambda v, x: _weighted(v, x, *_gate(alpha, x), function, order, alpha), v, x)
 
 
-def _exactly_where(far: Tensor, result: Tensor, exactly, *operands) -> Tensor:
+def _exactly_where(far: Tensor, result: Tensor, exactly: Callable[..., Tensor], *operands: Tensor | float) -> Tensor:
     """The result, computed again by `exactly` for the elements that are far, so that none depends on another's value."""
     if far.any():
         far = far.expand(result.shape)
@@ -207,7 +211,7 @@ def weighted_loss(
         return _exactly_where(
             x.abs() > FUSED_WITHIN,
             result,
-            lambda *operands: _weighted_loss(*operands, gamma, order, targets_vary),
+            lambda v, x, positive, negative: _weighted_loss(v, x, positive, negative, gamma, order, targets_vary),
             v,
             x,
             positive,

@@ -26,7 +26,7 @@ from .checks import (
     overridable,
     promoted,
 )
-from .dispatch import TRANSFORM, is_ours, launchable, listener
+from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted
 
 
@@ -40,38 +40,40 @@ class Unary(Operator):
     def batched(self) -> "Unary":
         return self
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
         if launchable(x):
             return (kernels.gates.unary_forward(x, self.function, self.alpha),)
         return (self.formula(x),)
 
-    def backward(self, grad_output, x):
+    def backward(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
         if launchable(x, grad_output):
             return (kernels.gates.unary_backward(grad_output, x, self.function, self.alpha),)
         return self.backward_formula(grad_output, x)
 
-    def double_backward(self, grads, grad_output, x):
+    def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor) -> Tensors:
         (v,) = grads
         if launchable(x, grad_output, v):
-            return kernels.gates.unary_double_backward(v, grad_output, x, self.function, self.alpha)
+            results: Tensors = kernels.gates.unary_double_backward(v, grad_output, x, self.function, self.alpha)
+            return results
         return self.double_backward_formula(grads, grad_output, x)
 
-    def formula(self, x):
+    def formula(self, x: Tensor) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self.formula(x.unsqueeze(0)).squeeze(0)
         return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
 
-    def backward_formula(self, grad_output, x):
+    def backward_formula(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
         return (weighted(upcast(grad_output), upcast(x), self.function, 1, self.alpha).to(grad_output.dtype),)
 
-    def double_backward_formula(self, grads, grad_output, x):
+    def double_backward_formula(self, grads: Tensors, grad_output: Tensor, x: Tensor) -> Tensors:
         v, grad, wide = map(upcast, (*grads, grad_output, x))
         to_grad_output = weighted(v, wide, self.function, 1, self.alpha)
         return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2, self.alpha).to(x.dtype)
 
-    def jvp_formula(self, tangents, x):
-        return self.backward_formula(*tangents, x)[0]
+    def jvp_formula(self, tangents: Tensors, x: Tensor) -> Tensor:
+        (tangent,) = tangents
+        return self.backward_formula(tangent, x)[0]
 
 
 @dataclass(frozen=True)
@@ -89,36 +91,36 @@ class Gated(Operator):
     offset: float = 0.0
 
     @property
-    def constants(self):
+    def constants(self) -> tuple[str, float, float | None, float]:
         return self.function, self.alpha, self.limit, self.offset
 
     def batched(self) -> "Gated":
         return self if self.dim is None else replace(self, dim=self.dim + 1)
 
-    def parts(self, tensors):
+    def parts(self, tensors: Tensors) -> Tensors:
         """a and g."""
         if self.dim is not None:
             tensors = tensors[0].chunk(2, self.dim)
         return tensors[::-1] if self.gate_first else tensors
 
-    def whole(self, a, g):
+    def whole(self, a: Tensor, g: Tensor) -> Tensors:
         """Join what was computed for a and for g in the way the tensors came: in their order, and packed if they were."""
         pair = (g, a) if self.gate_first else (a, g)
         return pair if self.dim is None else (torch.cat(pair, self.dim),)
 
-    def memory_for(self, tensors):
+    def memory_for(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         """Allocate the gradients of the tensors; returns them, and the parts of them that belong to a and g."""
         # In one memory format: tensors of several make no walk.
         grads = tuple(torch.empty_like(tensors[0]) for _ in tensors)
         return grads, self.parts(grads)
 
-    def forward(self, *tensors):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         a, g = self.parts(tensors)
         if launchable(a, g) and a.numel():
             return (kernels.gates.gate_forward(a, g, self.constants),)
         return (self.formula(*tensors),)
 
-    def backward(self, grad_output, *tensors):
+    def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         a, g = self.parts(tensors)
         if not (launchable(a, g, grad_output) and a.numel()):
             return self.backward_formula(grad_output, *tensors)
@@ -128,7 +130,7 @@ class Gated(Operator):
             return grads
         return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, self.constants))
 
-    def double_backward(self, grads, grad_output, *tensors):
+    def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
         if not (launchable(a, g, grad_output, v, w) and a.numel()):
             return self.double_backward_formula(grads, grad_output, *tensors)
@@ -140,37 +142,37 @@ class Gated(Operator):
 
     # A, G and h in torch operators. A comparison, unlike a clamp, lets a NaN through, and leaves it a gradient.
 
-    def _operand(self, a):
+    def _operand(self, a: Tensor) -> Tensor:
         if self.limit is not None:
             a = torch.where(a > self.limit, self.limit, torch.where(a < -self.limit, -self.limit, a))
         return a + self.offset if self.offset else a
 
-    def _past_clamp(self, grad, a):
+    def _past_clamp(self, grad: Tensor, a: Tensor) -> Tensor:
         return grad if self.limit is None else torch.where(a.abs() > self.limit, 0.0, grad)
 
-    def _weighted(self, v, g, order):
+    def _weighted(self, v: Tensor | float, g: Tensor, order: int) -> Tensor:
         gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
         result = weighted(v, gate, self.function, order, self.alpha)
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
-    def formula(self, *tensors):
+    def formula(self, *tensors: Tensor) -> Tensor:
         if tensors[0].dim() == 0:  # as in Unary
             return self.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
         a, g = map(upcast, self.parts(tensors))
         return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
 
-    def _reduced(self, to_a, to_g, tensors):
+    def _reduced(self, to_a: Tensor, to_g: Tensor, tensors: Tensors) -> Tensors:
         """The gradients of the tensors from those of a and g, summed up along broadcast dimensions."""
         _, g = self.parts(tensors)
         dtype = tensors[0].dtype
         return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
 
-    def backward_formula(self, grad_output, *tensors):
+    def backward_formula(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         grad, a, g = map(upcast, (grad_output, *self.parts(tensors)))
         to_a = self._past_clamp(self._weighted(grad, g, 0), a)
         return self._reduced(to_a, self._weighted(grad * self._operand(a), g, 1), tensors)
 
-    def double_backward_formula(self, grads, grad_output, *tensors):
+    def double_backward_formula(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         v, w, grad, a, g = map(upcast, (*self.parts(grads), grad_output, *self.parts(tensors)))
         operand, v = self._operand(a), self._past_clamp(v, a)
         to_grad_output = self._weighted(v, g, 0) + self._weighted(w * operand, g, 1)
@@ -178,7 +180,7 @@ class Gated(Operator):
         to_g = self._weighted(v * grad, g, 1) + self._weighted(w * operand * grad, g, 2)
         return to_grad_output.to(grad_output.dtype), *self._reduced(to_a, to_g, tensors)
 
-    def jvp_formula(self, tangents, *tensors):
+    def jvp_formula(self, tangents: Tensors, *tensors: Tensor) -> Tensor:
         v, w, a, g = map(upcast, (*self.parts(tangents), *self.parts(tensors)))
         result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
         return result.to(tensors[0].dtype)
@@ -376,9 +378,11 @@ def swiglu_packed(
     """
     check_tensors("swiglu_packed", packed=packed)
     check_floats("swiglu_packed", packed=packed)
-    operator = _swiglu_operator("swiglu_packed", halved_dim("swiglu_packed", packed, dim), alpha, limit, up_offset)
+    dim = halved_dim("swiglu_packed", packed, dim)
+    operator = _swiglu_operator("swiglu_packed", dim, alpha, limit, up_offset)
     if not is_ours(packed):
-        return _swiglu_in_torch("swiglu_packed", *packed.chunk(2, operator.dim), operator)
+        gate, up = packed.chunk(2, dim)
+        return _swiglu_in_torch("swiglu_packed", gate, up, operator)
     return record(operator, packed)
 
 

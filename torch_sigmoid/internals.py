@@ -4,6 +4,9 @@
 copy-on-write tensor.)
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -11,10 +14,10 @@ from torch.autograd import Function, forward_ad
 _C = torch._C
 
 # Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
-is_tracing = _C._is_tracing
+is_tracing: Callable[[], bool] = _C._is_tracing
 
 # torch.func says to nobody that one of its transforms is around a call, nor which.
-transforms_active = _C._are_functorch_transforms_active
+transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active
 _TRANSFORM = _C._functorch.TransformType
 
 
@@ -77,24 +80,26 @@ def make_fx_traces() -> bool:
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None or _is_included(_KEY.PreDispatch)
 
 
-def function_modes() -> list:
+def function_modes() -> list[object]:
     """The function modes around this call, outermost first."""
-    return torch.overrides._get_current_function_mode_stack()
+    modes: list[object] = torch.overrides._get_current_function_mode_stack()
+    return modes
 
 
 # A wrapper by vmap or by is_grads_batched looks like a Tensor.
-is_legacy_batched = _C._functorch.is_legacy_batchedtensor
-is_functorch_wrapper = _C._functorch.is_functorch_wrapped_tensor
+is_legacy_batched: Callable[[Tensor], bool] = _C._functorch.is_legacy_batchedtensor
+is_functorch_wrapper: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor
 # What Function.apply does first to each of its arguments.
-unwrap_if_dead = _C._functorch.unwrap_if_dead
+unwrap_if_dead: Callable[[Tensor], Tensor] = _C._functorch.unwrap_if_dead
 
 
-def apply_of(function: type[Function]):
+def apply_of(function: type[Function]) -> Callable[..., Tensor]:
     """The C++ entry below Function.apply, which binds its arguments in Python at every call: 0.9 µs, 9 with setup_context.
 
     Enough for eager reverse mode, if `unwrap_if_dead` is called for each tensor.
     """
-    return super(Function, function).apply
+    apply: Callable[..., Tensor] = super(Function, function).apply  # type: ignore[misc]  # torch's stubs do not know it
+    return apply
 
 
 def saved_tensor_hooks() -> bool:
@@ -112,8 +117,9 @@ def next_node_number() -> int:
     return _C._autograd._get_sequence_nr()
 
 
-def node_number(node) -> int:
-    return node._sequence_nr()
+def node_number(node: Any) -> int:
+    number: int = node._sequence_nr()
+    return number
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -121,13 +127,14 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def store_of(group):
+def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_c10d.Store":
     """The store over which the hosts of a process group talk."""
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
 # Warns as torch does, in its words.
-legacy_reduction = torch.nn._reduction.legacy_get_string
+legacy_reduction: Callable[[bool | None, bool | None], Literal["none", "mean", "sum"]]
+legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignment]  # str, to torch
 
 
 def graph_break() -> None:

@@ -10,7 +10,7 @@ transforms, forward mode and tracers, the formula itself is recorded: autograd t
 import contextlib
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from .checks import (
     overridable,
     weight_for,
 )
-from .dispatch import TRACER, TRANSFORM, is_ours, launchable, listener
+from .dispatch import TRACER, TRANSFORM, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted_loss
 from .internals import legacy_reduction
 
@@ -52,12 +52,15 @@ class Loss(Operator):
     # Of the result. It says nothing of the kernels, which are kept by the rest.
     dtype: torch.dtype = field(default=torch.float32, compare=False)
 
-    n_differentiable = 1
+    n_differentiable: ClassVar[int | None] = 1
     formula_from = TRANSFORM
 
-    def parts(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None):
+    def parts(
+        self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+    ) -> tuple[Tensor | float, Tensor, Tensor]:
         """v, and the positive and the negative part of the target, in the dtype of x."""
-        positive, v = target.to(x.dtype), 1.0
+        v: Tensor | float = 1.0
+        positive = target.to(x.dtype)
         negative = 1 - positive
         if self.label_smoothing:
             keep, spread = 1 - self.label_smoothing, self.label_smoothing / 2
@@ -70,7 +73,16 @@ class Loss(Operator):
             positive = positive * pos_weight.to(x.dtype)
         return v, positive, negative
 
-    def elements(self, order: int, scale: Tensor | float, x: Tensor, target, weight, pos_weight, targets_vary: bool) -> Tensor:
+    def elements(
+        self,
+        order: int,
+        scale: Tensor | float,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        targets_vary: bool,
+    ) -> Tensor:
         """scale·v·ℓ(x), or of its `order`th derivative in x; 0 where ignored. `x` is fp32 or fp64."""
         if self.ignore_index is not None:
             # Whatever is there, its derivatives are to be 0 and not NaN.
@@ -92,7 +104,7 @@ class Loss(Operator):
         total = elements.sum()
         return total if self.reduction == "sum" else total / (elements.numel() if count is None else count)
 
-    def _value(self, x, target, weight, pos_weight, targets_vary) -> Tensor:
+    def _value(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, targets_vary: bool) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self._value(x.unsqueeze(0), target, weight, pos_weight, targets_vary).reshape(())
@@ -105,15 +117,32 @@ class Loss(Operator):
             return grad_output
         return grad_output / (x.numel() if count is None else count)
 
-    def formula(self, x, target, weight, pos_weight):
+    def formula(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
         return self._value(x, target, weight, pos_weight, targets_vary=True)
 
-    def backward_formula(self, grad_output, x, target, weight, pos_weight, count):
+    def backward_formula(
+        self,
+        grad_output: Tensor,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        count: Tensor | None,
+    ) -> tuple[Tensor]:
         wide = upcast(x)
         grad = self.upstream(grad_output.to(wide.dtype), x, count)
         return (self.elements(1, grad, wide, target, weight, pos_weight, False).to(x.dtype),)
 
-    def double_backward_formula(self, grads, grad_output, x, target, weight, pos_weight, count):
+    def double_backward_formula(
+        self,
+        grads: Tensors,
+        grad_output: Tensor,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        count: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         (w,), wide = grads, upcast(x)
         w = self.upstream(w.to(wide.dtype), x, count)
         to_x = self.elements(2, w * grad_output.to(w.dtype), wide, target, weight, pos_weight, False)
@@ -122,20 +151,26 @@ class Loss(Operator):
             to_grad_output = to_grad_output.sum()
         return to_grad_output.to(grad_output.dtype), to_x.to(x.dtype)
 
-    def forward(self, x, target, weight, pos_weight):
+    def forward(
+        self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if x.numel() and launchable(x, target, weight, pos_weight):
-            return kernels.losses.loss_forward(x, target, weight, pos_weight, self, self.dtype)
+            value: Tensor
+            count: Tensor | None
+            value, count = kernels.losses.loss_forward(x, target, weight, pos_weight, self, self.dtype)
+            return value, count
         return self._value(x, target, weight, pos_weight, targets_vary=False), self.count(target)
 
-    def backward(self, grad_output, x, *others):
+    def backward(self, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor]:
         if x.numel() and launchable(x, grad_output, *others):
             return (kernels.losses.loss_backward(grad_output, x, *others, self),)
         return self.backward_formula(grad_output, x, *others)
 
-    def double_backward(self, grads, grad_output, x, *others):
+    def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         (w,) = grads
         if x.numel() and launchable(x, w, grad_output, *others):
-            return kernels.losses.loss_double_backward(w, grad_output, x, *others, self)
+            results: tuple[Tensor, Tensor] = kernels.losses.loss_double_backward(w, grad_output, x, *others, self)
+            return results
         return self.double_backward_formula(grads, grad_output, x, *others)
 
 
@@ -160,7 +195,7 @@ class debug(contextlib.ContextDecorator):
     def __enter__(self) -> None:
         _debug_depth.set(_debug_depth.get() + 1)
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         _debug_depth.set(_debug_depth.get() - 1)
 
 
@@ -276,7 +311,16 @@ def sigmoid_focal_loss(
     return _loss(caller, options, "inputs", inputs, "targets", targets, weight, None)
 
 
-def _loss(caller, options, input_name, input, target_name, target, weight, pos_weight):
+def _loss(
+    caller: str,
+    options: tuple[float, float | None, float, int | None, Reduction],
+    input_name: str,
+    input: Tensor,
+    target_name: str,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> Tensor:
     """Checks what the losses have in common, decides on dtypes, and computes."""
     *_, ignore_index, _ = options
     if target.shape != input.shape:

@@ -1,6 +1,7 @@
 """The layers: thin modules that call the functions. Where torch has such a layer, ours inherits from it."""
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ __all__ = [
     "SwiGLU",
     "SwiGLUPacked",
 ]
+
+# torch's `__call__` takes and gives anything: type checkers learn from the declarations below what each layer's `forward` does.
 
 # Where no kernel can run, the layer must not cost more than torch's: fp32 takes the shortest way to what `sigmoid` would do.
 _TORCH_ALONE = not KERNELS_EXIST
@@ -62,6 +65,10 @@ class Sigmoid(torch.nn.Sigmoid):
         """What torch.jit.script compiles in place of this layer: TorchScript has torch's own operator only."""
         return torch.nn.Sigmoid()
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         if self.inplace:
             self._check_inplace()
@@ -78,8 +85,12 @@ class Sigmoid(torch.nn.Sigmoid):
 class LogSigmoid(torch.nn.LogSigmoid):
     """log σ(x), element by element: a drop-in for `torch.nn.LogSigmoid`. See `torch_sigmoid.logsigmoid`."""
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> torch.nn.Module:
         return torch.nn.LogSigmoid()
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.logsigmoid(input)
@@ -92,8 +103,12 @@ class SiLU(torch.nn.SiLU):
         inplace: write the result over the input.
     """
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> torch.nn.Module:
         return torch.nn.SiLU(self.inplace)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, self.inplace)
@@ -106,8 +121,12 @@ class GLU(torch.nn.GLU):
         dim: the dimension to halve.
     """
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> torch.nn.Module:
         return torch.nn.GLU(self.dim)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.glu(input, self.dim)
@@ -115,6 +134,10 @@ class GLU(torch.nn.GLU):
 
 class SigmoidGate(torch.nn.Module):
     """input·σ(gate), called with both; the gate may be broadcast against the input. See `torch_sigmoid.sigmoid_gate`."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, gate: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor, gate: Tensor) -> Tensor:
         return functional.sigmoid_gate(input, gate)
@@ -133,6 +156,10 @@ class SwiGLU(torch.nn.Module):
         self.alpha = alpha
         self.limit = limit
         self.up_offset = up_offset
+
+    if TYPE_CHECKING:
+
+        def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return functional.swiglu(gate, up, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
@@ -153,6 +180,10 @@ class SwiGLUPacked(SwiGLU):
     def __init__(self, dim: int = -1, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
         super().__init__(alpha=alpha, limit=limit, up_offset=up_offset)
         self.dim = dim
+
+    if TYPE_CHECKING:
+
+        def __call__(self, packed: Tensor) -> Tensor: ...  # type: ignore[override]
 
     def forward(self, packed: Tensor) -> Tensor:  # type: ignore[override]
         return functional.swiglu_packed(packed, self.dim, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
@@ -190,13 +221,18 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> torch.nn.Module:
         if self.label_smoothing or self.ignore_index is not None:
             raise NotImplementedError("torch.jit.script knows torch's loss only, without label_smoothing and ignore_index")
         return torch.nn.BCEWithLogitsLoss(self.weight, reduction=self.reduction, pos_weight=self.pos_weight)
 
     def extra_repr(self) -> str:
         return _targets_repr(self).removeprefix(", ")
+
+    if TYPE_CHECKING:
+        reduction: Reduction
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -235,6 +271,11 @@ class SigmoidFocalLoss(torch.nn.Module):
         self.ignore_index = ignore_index
         self.register_buffer("weight", weight)
 
+    if TYPE_CHECKING:
+        weight: Tensor | None
+
+        def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return functional.sigmoid_focal_loss(
             inputs,
@@ -269,11 +310,21 @@ class SigLIPLoss(torch.nn.Module):
         self.chunk_size = chunk_size
         self.group = group
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SigLIPLoss":
         memo[id(self.group)] = self.group  # a process group cannot be copied
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | float | None = None,
+        ) -> Tensor: ...
 
     def forward(
         self,

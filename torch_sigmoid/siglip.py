@@ -9,6 +9,9 @@ Only `chunk_size` rows of the matrix exist at a time, in forward and, computed a
 are what is saved. Distributed, the texts pass from rank to rank around a ring, and in backward their gradients with them.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,13 +30,13 @@ from .checks import (
     process_group,
     promoted,
 )
-from .dispatch import NOBODY, TRANSFORM, is_ours, launchable, listener
+from .dispatch import NOBODY, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted
 from .internals import apply_of, graph_break, store_of, unwrap_if_dead
 from .losses import autocasts
 
 
-def _chunks(image: Tensor, chunk_size: int):
+def _chunks(image: Tensor, chunk_size: int) -> list[slice]:
     """The rows of each chunk; of an empty batch one chunk, without rows."""
     return [slice(start, start + chunk_size) for start in range(0, max(1, image.shape[0]), chunk_size)]
 
@@ -44,7 +47,16 @@ class Pairs:
     Each chunk leaves `kinds` partial sums per program; `totals` adds up those of all chunks at once, in the end.
     """
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, kinds: int, n_ranks: int, chunk_size: int):
+    scale: Tensor
+    bias: Tensor
+    rows: list[slice]
+    launches: bool
+    sums: Tensor
+    labels: list[Tensor]
+
+    def __init__(
+        self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, kinds: int, n_ranks: int, chunk_size: int
+    ) -> None:
         self.scale, self.bias = scale, bias
         self.rows = _chunks(image, chunk_size)
         size = image.shape[0]
@@ -95,26 +107,30 @@ class Pairs:
 class Ring:
     """The ranks of a process group, each of which sends to the next and receives from the one before."""
 
-    def __init__(self, group):
+    size: int
+    next: int
+    before: int
+
+    def __init__(self, group: "dist.ProcessGroup") -> None:
         self.group = group
         self.size, rank = dist.get_world_size(group), dist.get_rank(group)
         self.next, self.before = (dist.get_global_rank(group, (rank + step) % self.size) for step in (1, -1))
 
-    def exchange(self, tensor: Tensor):
+    def exchange(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Sends a tensor on; returns a function that waits for its counterpart and gives it."""
         tensor = tensor.contiguous()
         received = torch.empty_like(tensor)
         sending = dist.P2POp(dist.isend, tensor, self.next, self.group)
         works = dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, self.before, self.group)])
 
-        def wait():
+        def wait() -> Tensor:
             for work in works:
                 work.wait()
             return received
 
         return wait
 
-    def texts(self, text: Tensor):
+    def texts(self, text: Tensor) -> Iterator[Tensor]:
         """Each rank's texts in turn, this rank's first; the next ones arrive while the caller works on the present ones."""
         for step in range(self.size):
             pending = self.exchange(text) if step + 1 < self.size else None
@@ -132,10 +148,10 @@ class Alone:
 
     size = 1
 
-    def texts(self, text: Tensor):
+    def texts(self, text: Tensor) -> Iterator[Tensor]:
         yield text
 
-    def exchange(self, tensor: Tensor):
+    def exchange(self, tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
 
     def mean(self, value: Tensor) -> Tensor:
@@ -150,9 +166,19 @@ class SigLIPFunction(Function):
     """The loss, differentiable in features, scale and bias, which are what is saved."""
 
     @staticmethod
-    def forward(ctx, image, text, scale, bias, chunk_size, group, dtype):
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        chunk_size: int,
+        group: "dist.ProcessGroup | None",
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.save_for_backward(image, text, scale, bias)
         ctx.chunk_size = chunk_size
+        ring: Ring | Alone
         ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
         pairs = Pairs(image, text, scale, bias, 1, ring.size, chunk_size)
         with torch.autocast(image.device.type, enabled=False):
@@ -163,7 +189,7 @@ class SigLIPFunction(Function):
         return ring.mean(total / image.shape[0]).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         image, text, scale, bias = ctx.saved_tensors
         if listener() != NOBODY:
             if isinstance(ctx.ring, Ring):
@@ -177,7 +203,9 @@ class SigLIPFunction(Function):
         return *to_features, (grad * to_scale).to(scale.dtype), (grad * to_bias).to(bias.dtype), None, None, None
 
 
-def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring, needs):
+def gradients(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring: Ring | Alone, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """G·text and Gᵀ·image, None where not needed, and ΣG·⟨image, text⟩ with ΣG.
 
     The gradients of the texts go around the ring with them, and come home in the end.
@@ -207,7 +235,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
         total += one @ other
 
 
-def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor):
+def _logits(image: Tensor, text: Tensor, rows: slice, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """⟨image, text⟩ of some rows, z, and which pairs belong together; differentiable."""
     similarity = upcast(image[rows] @ text.mT)
     logits = similarity * scale + bias
@@ -225,11 +253,13 @@ def formula(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size
     return (total / image.shape[0]).to(dtype)
 
 
-def gradients_formula(grad_output: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int):
+def gradients_formula(
+    grad_output: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int
+) -> Tensors:
     """The gradients as differentiable expressions, computed again chunk by chunk for each further derivative."""
     grad = grad_output.to(_sum_type(image)) / image.shape[0]
 
-    def of_chunk(grad, image, text, scale, bias, rows):
+    def of_chunk(grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, rows: slice) -> Tensors:
         similarity, z, together = _logits(image, text, rows, scale, bias)
         pairs = weighted(torch.where(together, -grad, grad), z, "sigmoid", 0)
         wide_image, wide_text = upcast(image[rows]), upcast(text)
@@ -246,7 +276,15 @@ def gradients_formula(grad_output: Tensor, image: Tensor, text: Tensor, scale: T
 _apply = apply_of(SigLIPFunction)
 
 
-def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, group, dtype: torch.dtype) -> Tensor:
+def apply(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    chunk_size: int,
+    group: "dist.ProcessGroup | None",
+    dtype: torch.dtype,
+) -> Tensor:
     """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
     if listener() >= TRANSFORM or not image.numel():
         return formula(image, text, scale, bias, chunk_size, dtype)
@@ -257,13 +295,13 @@ def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: 
 _calls: dict[str, int] = {}
 
 
-def told_by_ranks(group, told: str) -> list[str]:
+def told_by_ranks(group: "dist.ProcessGroup", told: str) -> list[str]:
     """Tell the other ranks, over the group's store and without waiting for a device; returns what each of them told."""
     store = store_of(group)
     call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
-    def key(call, rank):
+    def key(call: int, rank: int) -> str:
         return f"torch_sigmoid/siglip/{call}/{rank}"
 
     store.set(key(call, rank), told)
@@ -324,27 +362,33 @@ def siglip_loss(
     """
     arguments = image_features, text_features, logit_scale, logit_bias
     if group is None:
-        *operands, dtype = _siglip_operands(*arguments, chunk_size)
-        return apply(*operands, chunk_size, None, dtype)
+        image, text, scale, bias, dtype = _siglip_operands(*arguments, chunk_size)
+        return apply(image, text, scale, bias, chunk_size, None, dtype)
     if torch.compiler.is_compiling():
         graph_break()
     group = process_group(group)
     # A rank that fails tells the others, which would wait for it.
     try:
-        *operands, dtype = _siglip_operands(*arguments, chunk_size)
+        image, text, scale, bias, dtype = _siglip_operands(*arguments, chunk_size)
     except (TypeError, ValueError) as error:
         told_by_ranks(group, str(error))
         raise
-    needs = [torch.is_grad_enabled() and each.requires_grad for each in operands]
-    found = told_by_ranks(group, f"{tuple(operands[0].shape)} {operands[0].dtype}, gradients {needs}")
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in (image, text, scale, bias)]
+    found = told_by_ranks(group, f"{tuple(image.shape)} {image.dtype}, gradients {needs}")
     if len(set(found)) > 1:
         raise ValueError(f"siglip_loss(): all ranks must have features of one shape and dtype, got {'; '.join(found)}")
     if len(found) > 1 and listener() >= TRANSFORM:
         raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
-    return apply(*operands, chunk_size, group, dtype)
+    return apply(image, text, scale, bias, chunk_size, group, dtype)
 
 
-def _siglip_operands(image_features, text_features, logit_scale, logit_bias, chunk_size):
+def _siglip_operands(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
     """Features, scale and bias as they are computed with, and the dtype of the loss."""
     caller = "siglip_loss"
     features = {"image_features": image_features, "text_features": text_features}

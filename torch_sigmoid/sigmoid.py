@@ -119,7 +119,7 @@ def sigmoid_(input: Tensor) -> Tensor:
         return torch.sigmoid_(input)
     if input._is_view():
         return input.copy_(sigmoid(input))
-    return cast(Tensor, SigmoidInplaceFunction.apply(input))
+    return SigmoidInplaceFunction.apply(input)
 
 
 def _sigmoid_out(input: Tensor, out: Tensor) -> Tensor:

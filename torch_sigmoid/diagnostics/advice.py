@@ -6,7 +6,8 @@ never sent. Where a gradient vanishes between two watched layers, that place is 
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Above these fractions of a layer's inputs, saturation and loss to rounding are worth a word.
 MANY_SATURATED = 0.5
@@ -61,18 +62,18 @@ BETWEEN = (
 )
 
 
-def troubles(layers: list[dict]) -> list[Trouble]:
+def troubles(layers: list[dict[str, Any]]) -> list[Trouble]:
     """What is wrong, in the order in which to mend it.
 
     Args:
         layers: in the model's order; of each, its "name", its "kind", and the statistics of `GradientWatch.to_dict` as numbers.
     """
 
-    def named(condition) -> list[str]:
+    def named(condition: Callable[[dict[str, Any]], object]) -> list[str]:
         return [layer["name"] for layer in layers if condition(layer)]
 
-    def is_lost(layer):
-        return (layer["lost_to_rounding"] or 0) > MANY_LOST
+    def is_lost(layer: dict[str, Any]) -> bool:
+        return float(layer["lost_to_rounding"] or 0) > MANY_LOST
 
     not_finite = named(lambda layer: layer["not_finite"] or math.isnan(layer["mean_derivative"] or 0))
     # A ReLU is meant to be off for half of its inputs.
@@ -95,7 +96,7 @@ def troubles(layers: list[dict]) -> list[Trouble]:
     return [trouble for trouble in found if trouble.places]
 
 
-def _vanished(layers: list[dict], lost: list[str]) -> list[Trouble]:
+def _vanished(layers: list[dict[str, Any]], lost: list[str]) -> list[Trouble]:
     """Find where the gradient falls below VANISHED of its largest norm, and what multiplied it so; all `layers` have one."""
     largest = max((layer["entering"] for layer in layers if math.isfinite(layer["entering"])), default=0.0)
     if largest == 0:
@@ -138,7 +139,7 @@ class _Way(NamedTuple):
     lines: list[str]
 
     @classmethod
-    def of(cls, left: list[dict], entered: list[dict]) -> "_Way":
+    def of(cls, left: list[dict[str, Any]], entered: list[dict[str, Any]]) -> "_Way":
         """For the layers that the gradient has left and those that it has entered, both in the model's order."""
         watched = {layer["name"]: layer["attenuation"] for layer in left}
         between = {

@@ -5,7 +5,7 @@ that use the input. Hooks on these nodes only read: nothing is put into the grap
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from ..internals import (
     saved_tensor_hooks,
 )
 from .totals import ENTERING, LEAVING, Totals
+
+# A node of autograd's graph, and the position of a gradient there.
+Edge = tuple[Any, int]
 
 # Which calls and tensors count
 
@@ -44,7 +47,7 @@ def is_hidden(recomputed: bool = True) -> bool:
     return is_capturing()
 
 
-def is_readable(value) -> bool:
+def is_readable(value: Any) -> bool:
     """Whether this is a plain dense float tensor with values."""
     return (
         type(value) in PLAIN_TYPES
@@ -58,7 +61,7 @@ def is_readable(value) -> bool:
     )
 
 
-def no_autocast(tensor: Tensor):
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which operators on a tensor compute in its own dtype, though autocast may be on."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
@@ -67,27 +70,27 @@ def no_autocast(tensor: Tensor):
 # Hooks on modules
 
 
-def _nothing(*args, **kwargs) -> None:
+def _nothing(*args: object, **kwargs: object) -> None:
     """Takes a hook's place in a copy of the model, which nobody watches."""
 
 
-def _forget():
+def _forget() -> Callable[..., None]:
     return _nothing
 
 
 class ModuleHook:
     """Calls function(layer, module, …) when the module runs. A deep copy or a pickle of the module loses it."""
 
-    def __init__(self, function, layer):
+    def __init__(self, function: Callable[..., None], layer: object) -> None:
         self.function = function
         self.layer = layer
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         self.function(self.layer, *args)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return _forget, ()
 
 
@@ -97,13 +100,13 @@ class ModuleHook:
 class _Edge:
     """One input or output of a layer. Its gradient is the sum of `parts` that arrive from where the layer uses it."""
 
-    def __init__(self, reader: "Reader", layer: int, columns: slice):
+    def __init__(self, reader: "Reader", layer: int, columns: slice) -> None:
         self.reader = reader
         self.layer = layer
         self.columns = columns
         self.parts = 0
         self.arrived = 0
-        self.total = None
+        self.total: Tensor | None = None
 
     def add(self, gradient: Tensor | None) -> None:
         if not self.reader.is_on:
@@ -131,10 +134,10 @@ class _Edge:
 class _NodeHook:
     """Hands a node's gradients, by their position, to the edges they belong to."""
 
-    def __init__(self, edges: dict[int, _Edge]):
+    def __init__(self, edges: dict[int, _Edge]) -> None:
         self.edges = edges
 
-    def __call__(self, gradients, *_) -> None:
+    def __call__(self, gradients: Sequence[Tensor | None], *_: object) -> None:
         for position, edge in self.edges.items():
             edge.add(gradients[position])
 
@@ -142,7 +145,7 @@ class _NodeHook:
 class Reader:
     """Adds the gradients of calls to `totals`, while `is_on`; the watch switches it."""
 
-    def __init__(self, totals: Totals):
+    def __init__(self, totals: Totals) -> None:
         self.totals = totals
         self.is_on = False
         # Edges of which some parts have arrived and others have not.
@@ -161,7 +164,7 @@ class Reader:
         for edge in tuple(self.unfinished):
             edge.finish()
 
-    def read(self, layer: int, outputs: list[Tensor], inputs: set, first_node: int) -> None:
+    def read(self, layer: int, outputs: list[Tensor], inputs: set[Edge], first_node: int) -> None:
         """Hook the nodes that a call of a layer made.
 
         Args:
@@ -187,13 +190,13 @@ class Reader:
             node.register_hook(_NodeHook(edges))
 
 
-def edge_of(tensor: Tensor) -> tuple[Any, int]:
+def edge_of(tensor: Tensor) -> Edge:
     """The node that receives a tensor's gradient, and at which position."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 
-def _exits(entries: Iterable, inputs: set, first_node: int) -> list:
+def _exits(entries: Iterable[Any], inputs: set[Edge], first_node: int) -> list[tuple[Any, int, Edge]]:
     """The nodes of a call that lead to its inputs, as (node, position, edge of the input).
 
     They are reached from `entries`, the nodes of its outputs, by nodes that were made since `first_node`.

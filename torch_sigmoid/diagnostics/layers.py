@@ -15,7 +15,7 @@ from ..operators import OPERATORS
 from ..swap.intercept import intercepted_save
 
 # Watched by default; `modules=(*SIGMOID_LIKE, MyGate)` adds to them.
-SIGMOID_LIKE = (
+SIGMOID_LIKE: tuple[type[torch.nn.Module], ...] = (
     *(row.torch_module or row.module for row in OPERATORS.values() if row.watched),
     torch.nn.Hardsigmoid,
     torch.nn.Tanh,
@@ -36,7 +36,7 @@ class Known(NamedTuple):
 
 _UNKNOWN = Known(None, 1.0, "never")
 # What there is beside the operators of this package.
-_OTHERS = {
+_OTHERS: dict[type[torch.nn.Module], Known] = {
     torch.nn.Hardsigmoid: Known("hardsigmoid", 1.0, "never"),
     torch.nn.Tanh: Known("tanh", 1.0, "tanh rounds to ±1"),
     torch.nn.ReLU: Known("relu", 1.0, "never"),
@@ -60,9 +60,9 @@ def known(module: torch.nn.Module) -> Known:
 class Layer(NamedTuple):
     """A watched module, which the watch does not keep alive."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not tuple's method
     name: str
-    module: weakref.ref
+    module: weakref.ref[torch.nn.Module]
     known: Known
 
     @property
@@ -156,7 +156,7 @@ def find(model: torch.nn.Module, modules: Iterable[type | str] | type | str | No
     ]
 
 
-def _chosen(modules) -> tuple[tuple[type, ...], list[str]]:
+def _chosen(modules: Iterable[type | str] | type | str | None) -> tuple[tuple[type, ...], list[str]]:
     """The module types and the name patterns among `modules`."""
     if isinstance(modules, str | type):
         modules = (modules,)

@@ -3,9 +3,15 @@
 import importlib
 import io
 import textwrap
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .advice import troubles
 from .totals import Row, between
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "layer": "name",
@@ -34,7 +40,9 @@ take shows under "between".\
 """
 
 
-def write(layers: list[dict], rows: list[Row], file, *, every: int, threshold: float, dead_after: int) -> None:
+def write(
+    layers: list[dict[str, Any]], rows: list[Row], file: TextIO, *, every: int, threshold: float, dead_after: int
+) -> None:
     """Print the table of `layers`, what its columns mean, and the troubles.
 
     Args:
@@ -66,7 +74,7 @@ def _paragraph(words: str) -> str:
     return textwrap.fill(words, 120, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def _cell(key: str, layer: dict) -> str:
+def _cell(key: str, layer: dict[str, Any]) -> str:
     value = layer[key]
     if value is None:
         return "–"
@@ -111,7 +119,7 @@ def _table(title: str, heads: list[str], rows: list[list[str]], encoding: str) -
     return "\n".join(line.rstrip() for line in written.getvalue().rstrip("\n").split("\n"))
 
 
-def heat_maps(seen: dict):
+def heat_maps(seen: dict[str, Any]) -> "Figure":
     """A Figure: layer × step, one panel a statistic; white where nothing was seen."""
     _need("matplotlib", "plot()")
     import numpy as np
@@ -129,6 +137,7 @@ def heat_maps(seen: dict):
     for axes, (key, title, scale) in zip(figure.subplots(1, len(panels), sharey=True), panels):
         values = np.array([seen["layers"][name][key] for name in names], dtype=float)
         values = np.ma.masked_invalid(values)
+        norm: colors.Normalize
         if scale == "log":
             # 0 has no logarithm: what is lost altogether takes the lowest colour.
             norm = colors.LogNorm(vmin=1e-6, vmax=1, clip=True)
@@ -141,7 +150,7 @@ def heat_maps(seen: dict):
     return figure
 
 
-def dataframe(seen: dict):
+def dataframe(seen: dict[str, Any]) -> "pandas.DataFrame":
     """A pandas.DataFrame with one row a layer and recorded row."""
     pandas = _need("pandas", "to_dataframe()")
     rows = []
@@ -153,7 +162,7 @@ def dataframe(seen: dict):
     return pandas.DataFrame(rows)
 
 
-def _need(name: str, caller: str):
+def _need(name: str, caller: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -61,7 +61,7 @@ def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
     return torch.where(condition, height, torch.where(x.isnan(), x, 0.0))
 
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     "sigmoid": Kind(_sigmoid_slope, _sigmoid_slopes, (0.0,)),
     # silu' is 0 at -1.278, and turns at ±2.399, the solutions of x·tanh(x/2) = 2.
     "silu": Kind(
@@ -102,13 +102,13 @@ def bounds(kind: str, lost_when: str, dtype: torch.dtype, threshold: float, devi
     smallest_normal = torch.finfo(dtype).smallest_normal
     is_lost = LOST_WHEN[lost_when]
 
-    def saturated(x):
+    def saturated(x: Tensor) -> bool:
         return abs(slope(scale * x.item())) < threshold
 
-    def normal(x):
+    def normal(x: Tensor) -> bool:
         return abs(slope(scale * x.item())) >= smallest_normal
 
-    def zero(x):
+    def zero(x: Tensor) -> bool:
         # The module scales in the dtype of its input.
         return bool(is_lost(x if scale == 1 else scale * x))
 
@@ -130,7 +130,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _rank(x: float, dtype: torch.dtype) -> int:
     """How many numbers of `dtype` lie between 0 and x; negative for x < 0."""
-    magnitude = torch.tensor([abs(x)], dtype=torch.float64, device="cpu").to(dtype).view(_BITS[dtype.itemsize]).item()
+    magnitude = int(torch.tensor([abs(x)], dtype=torch.float64, device="cpu").to(dtype).view(_BITS[dtype.itemsize]).item())
     return -magnitude if x < 0 else magnitude
 
 
@@ -148,7 +148,7 @@ def _intervals(holds: Callable[[Tensor], bool], turns: tuple[float, ...], dtype:
     edges = sorted({-inf, *(_rank(turn, dtype) for turn in turns), inf})
     found: list[list[int]] = []
 
-    def add(first, last):
+    def add(first: int, last: int) -> None:
         if found and first <= found[-1][1] + 1:
             found[-1][1] = max(last, found[-1][1])
         else:

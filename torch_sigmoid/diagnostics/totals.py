@@ -7,7 +7,7 @@ minimum, so the totals of two steps merge into those of both. Nothing waits for 
 import functools
 import math
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,12 +207,13 @@ def derived(totals: Tensor) -> dict[str, float | None]:
     return dict(zip(STATISTICS, (*of_input, entering, leaving, attenuation, not_finite)))
 
 
-def between(layers: list[dict]) -> list[float | None]:
+def between(layers: list[dict[str, Any]]) -> list[float | None]:
     """For each layer, "entering" of the one before it that has a gradient, over its own "leaving"; None where one is missing.
 
     If one feeds the other, the modules between the two multiply the gradient by this ratio.
     """
-    ratios, before = [], None
+    ratios: list[float | None] = []
+    before: float | None = None
     for layer in layers:
         ratios.append(before / layer["leaving"] if layer["leaving"] and before is not None else None)
         before = before if layer["entering"] is None else layer["entering"]
@@ -221,4 +222,5 @@ def between(layers: list[dict]) -> list[float | None]:
 
 def merged_rows(totals: Tensor) -> Tensor:
     """The rows of `gather` as one: layers × columns."""
-    return functools.reduce(merged, totals)
+    total: Tensor = functools.reduce(merged, totals)
+    return total

@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from torch.utils._pytree import tree_leaves
 from ..internals import in_backward, next_node_number
 from . import gradients, layers, report, statistics, totals
 from .layers import Layer
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from torch.utils.hooks import RemovableHandle
+    from typing_extensions import Self
+
+    class _Writer(Protocol):
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> object: ...
+
 
 __all__ = ["GradientWatch"]
 
@@ -91,15 +102,15 @@ class GradientWatch:
         if not 0 < threshold < float("inf"):
             raise ValueError(f"GradientWatch(): threshold must be positive and finite, got {threshold!r}")
         self.every = every
-        self.threshold = float(threshold)
+        self.threshold: float = float(threshold)
         self.dead_after = dead_after
         self._model = weakref.ref(model)
         self._layers = layers.find(model, modules)
         self._totals = totals.Totals(len(self._layers), history)
         self._reader = gradients.Reader(self._totals)
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
         # Whether an optimizer holds a parameter of the model, and how many groups it had when it was asked.
-        self._held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._local = threading.local()
         self._step = 0
         self._model_ran = False
@@ -107,7 +118,7 @@ class GradientWatch:
 
     # Attaching
 
-    def attach(self) -> "GradientWatch":
+    def attach(self) -> "Self":
         """Start to watch. Returns the watch.
 
         Raises:
@@ -139,10 +150,10 @@ class GradientWatch:
         self._handles.clear()
         self._reader.is_on = False
 
-    def __enter__(self) -> "GradientWatch":
+    def __enter__(self) -> "Self":
         return self.attach()
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.detach()
 
     # Watching
@@ -168,7 +179,7 @@ class GradientWatch:
     def _is_sampling(self) -> bool:
         return self._step % self.every == 0
 
-    def _before(self, layer: Layer, module, args, kwargs) -> None:
+    def _before(self, layer: Layer, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a watched module runs: read its input, which the module may overwrite."""
         if not torch.is_grad_enabled() or gradients.is_hidden():
             return
@@ -186,32 +197,34 @@ class GradientWatch:
             with torch.no_grad(), gradients.no_autocast(tensors[0]):
                 self._add_input(layer, module, tensors[0])
 
-    def _after(self, layer: Layer, module, args, kwargs, output) -> None:
+    def _after(self, layer: Layer, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After a watched module has run: hook the nodes that it made, which its gradients will pass."""
-        inputs, first_node = self._pending().pop(layer.index, (None, None))
-        if inputs is None:
+        pending = self._pending().pop(layer.index, None)
+        if pending is None:
             return
+        inputs, first_node = pending
         outputs = [leaf for leaf in tree_leaves(output) if gradients.is_readable(leaf) and leaf.grad_fn is not None]
         self._reader.read(layer.index, outputs, inputs, first_node)
 
-    def _pending(self) -> dict:
+    def _pending(self) -> dict[int, tuple[set[gradients.Edge], int]]:
         """Of the watched modules that this thread is in, by layer: the edges of the inputs, and the number of the next node."""
         if not hasattr(self._local, "pending"):
             self._local.pending = {}
-        return self._local.pending
+        pending: dict[int, tuple[set[gradients.Edge], int]] = self._local.pending
+        return pending
 
-    def _add_input(self, layer: Layer, module, x: Tensor) -> None:
-        x = layers.activated(module, x)
-        if x is None:
-            return
+    def _add_input(self, layer: Layer, module: torch.nn.Module, input: Tensor) -> None:
         kind, scale, _ = layer.known
+        x = layers.activated(module, input)
+        if x is None or kind is None:
+            return
         lost_when = layers.lost_when(layer, module, x)
         limits = statistics.bounds(kind, lost_when, x.dtype, self.threshold, x.device, scale)
         self._totals.add_input(layer.index, x, kind, scale, limits)
 
     # What comes out
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything that was seen, as numbers and lists. This waits for the device.
 
         Returns:
@@ -236,11 +249,11 @@ class GradientWatch:
             "layers": found,
         }
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> "pandas.DataFrame":
         """A pandas.DataFrame of what `to_dict` holds, one row a layer and recorded row; needs pandas."""
         return report.dataframe(self.to_dict())
 
-    def report(self, last: int | None = None, *, file=None) -> None:
+    def report(self, last: int | None = None, *, file: TextIO | None = None) -> None:
         """Print a table of the layers, what its numbers mean, which layers are in trouble, and what helps.
 
         Installed, rich draws the table.
@@ -268,7 +281,7 @@ class GradientWatch:
             found.append(about | totals.derived(seen[layer.index]) | {"dead_units": dead, "units": units})
         report.write(found, rows, file, every=self.every, threshold=self.threshold, dead_after=self.dead_after)
 
-    def plot(self):
+    def plot(self) -> "Figure":
         """A matplotlib Figure: layer × step for saturation, loss to rounding and attenuation; needs matplotlib.
 
         Raises:
@@ -279,7 +292,7 @@ class GradientWatch:
             raise RuntimeError(f"plot(): {self._unseen_word()}")
         return report.heat_maps(seen)
 
-    def log_to(self, writer, step: int | None = None) -> None:
+    def log_to(self, writer: "_Writer", step: int | None = None) -> None:
         """Write the last recorded row to a torch.utils.tensorboard.SummaryWriter, as "gradients/<layer>/<statistic>".
 
         Args:
@@ -309,10 +322,10 @@ class GradientWatch:
         )
 
 
-def _optimizer_stepped(watch: GradientWatch | None, optimizer) -> None:
+def _optimizer_stepped(watch: GradientWatch | None, optimizer: torch.optim.Optimizer) -> None:
     """End the step if the optimizer holds a parameter of the watched model."""
-    model = watch and watch._model()
-    if model is None:
+    model = None if watch is None else watch._model()
+    if watch is None or model is None:
         return
     n_groups = len(optimizer.param_groups)
     known_groups, holds = watch._held.get(optimizer, (None, False))

@@ -2,6 +2,8 @@
 
 import threading
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional
@@ -13,6 +15,9 @@ from ..dispatch import Save
 from ..functional import sigmoid, sigmoid_
 from ..internals import function_modes, saved_tensor_hooks
 from ..operators import OPERATORS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class intercept(TorchFunctionMode):
@@ -42,12 +47,19 @@ class intercept(TorchFunctionMode):
         0.0003357
     """
 
+    if TYPE_CHECKING:
+        # torch's have no types.
+        def __enter__(self) -> Self: ...
+        def __exit__(self, *exception: object) -> None: ...
+
     def __init__(self, *, save: Save = "output") -> None:
         check_save(save)
         super().__init__()
-        self.save = save
+        self.save: Save = save
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if _nesting.handled or func not in _COVERED or kwargs.get("out") is not None:
             return func(*args, **kwargs)
