@@ -71,7 +71,7 @@ def with_formula(kernel, formula):
     body = types.FunctionType(kernel.__code__, kernel.__globals__ | {"FORMULA": formula})
     body.__annotations__ = kernel.__annotations__
     name = formula.__name__.removesuffix("formula") + "kernel"
-    return triton.jit(body, do_not_specialize=[*SIZES, "n_steps"], repr=lambda _: name)
+    return triton.jit(body, do_not_specialize=[*SIZES, "n_splits", "n_steps"], repr=lambda _: name)
 
 
 def as_constants(values) -> tuple:

@@ -103,6 +103,7 @@ def along_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     USE_INT64: tl.constexpr,
     N_INPUTS: tl.constexpr,
+    n_splits,
     n_steps,
     ALONG_COLUMNS: tl.constexpr,
     HAS_TAIL: tl.constexpr,
@@ -122,10 +123,9 @@ def along_kernel(
     row_blocks = count_blocks(n_rows, BLOCK_ROWS, USE_INT64)
     column_blocks = count_blocks(n_columns, BLOCK_COLUMNS, USE_INT64)
     n_blocks = column_blocks if ALONG_COLUMNS else row_blocks
-    splits = tl.cdiv(n_blocks, n_steps)
     if ALONG_COLUMNS:
-        split = program % splits
-        row_block = program // splits
+        split = program % n_splits
+        row_block = program // n_splits
         if n_matrices is None:
             matrix = 0
         else:
@@ -137,8 +137,8 @@ def along_kernel(
         if n_matrices is None:
             matrix = 0
         else:
-            matrix = split // splits
-            split = split % splits
+            matrix = split // n_splits
+            split = split % n_splits
     AXIS: tl.constexpr = 1 if ALONG_COLUMNS else 0
     total = upcast(tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), DTYPE))
     # Tails come once a row of blocks, so they are summed up at once.
@@ -304,7 +304,7 @@ def along(formula, *constants):
         walk, n_stored = planned.walk, len(outputs) - 1
         walk = walk._replace(strides=(*walk.strides[n_stored:], *walk.strides[:n_stored]))
         has_tail = walk.sizes[2] % TAIL_COLUMNS.value != 0
-        return planned.programs, (*walk.arguments, len(inputs), planned.steps, planned.along_columns, has_tail)
+        return planned.programs, (*walk.arguments, len(inputs), planned.splits, planned.steps, planned.along_columns, has_tail)
 
     return Launcher(with_formula(along_kernel, formula), as_constants(constants), arrange=arrange, layouts_follow=False)
 
