@@ -480,7 +480,9 @@ def changed_kernels(folder, *changes):
         (package / file).write_text(source.replace(old, new, 1))
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(name)
+        changed = importlib.import_module(name)
+        assert changed.UNAVAILABLE is None, changed.UNAVAILABLE
+        return changed
     finally:
         sys.path.remove(str(folder))
 
