@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from . import kernels
+from .autograd import recordable
 from .checks import (
     DENSE_FLOATS,
     check_chunk_size,
@@ -29,8 +30,8 @@ from .checks import (
 )
 from .dispatch import NOBODY, TRANSFORM, is_ours, launchable, listener
 from .formulas import upcast, weighted
-from .internals import apply_of, graph_break, store_of, unwrap_if_dead
-from .losses import autocasts
+from .internals import apply_of, graph_break, store_of
+from .losses import autocasts, own_dtypes
 
 
 def _chunks(image: Tensor, chunk_size: int):
@@ -155,7 +156,7 @@ class SigLIPFunction(Function):
         ctx.chunk_size = chunk_size
         ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
         pairs = Pairs(image, text, scale, bias, 1, ring.size, chunk_size)
-        with torch.autocast(image.device.type, enabled=False):
+        with own_dtypes(image.device.type):
             for rank, texts in enumerate(ring.texts(text)):
                 for chunk, rows in enumerate(pairs.rows):
                     pairs.add_losses(image[rows] @ texts.mT, rank, chunk)
@@ -187,7 +188,7 @@ def gradients(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_si
         tensor.new_zeros(tensor.shape, dtype=_sum_type(tensor)) if needed else None
         for tensor, needed in zip((image, text), needs)
     )
-    with torch.autocast(image.device.type, enabled=False):
+    with own_dtypes(image.device.type):
         for rank, texts in enumerate(ring.texts(text)):
             for chunk, rows in enumerate(pairs.rows):
                 gradient = pairs.gradient(image[rows] @ texts.mT, rank, chunk)
@@ -250,7 +251,7 @@ def apply(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: 
     """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
     if listener() >= TRANSFORM or not image.numel():
         return formula(image, text, scale, bias, chunk_size, dtype)
-    tensors = map(unwrap_if_dead, (image, text, scale, bias))
+    tensors = map(recordable, (image, text, scale, bias))
     return _apply(*tensors, chunk_size, group, dtype)
 
 
