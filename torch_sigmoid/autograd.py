@@ -422,7 +422,7 @@ def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor 
 _apply_operator_eagerly = apply_of(_EagerOperatorFunction)
 
 
-def _recordable(tensor: Tensor | None) -> Tensor | None:
+def recordable(tensor: Tensor | None) -> Tensor | None:
     """The tensor as a Function can save it."""
     if tensor is None:
         return None
@@ -446,6 +446,6 @@ def record(operator: Operator, *tensors: Tensor | None) -> Tensor:
     if listening == NOBODY:
         return operator.forward(*tensors)[0]
     if any(each is not None and each.requires_grad for each in tensors):
-        return _apply_operator_eagerly(operator, *map(_recordable, tensors))
+        return _apply_operator_eagerly(operator, *map(recordable, tensors))
     with torch.no_grad():  # so that the formulas know that nothing listens
         return operator.forward(*tensors)[0]

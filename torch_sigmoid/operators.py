@@ -374,3 +374,5 @@ def _run_once(function: Callable[..., Tensor], case: Case, device: torch.device,
             upstream = (output.new_ones(()).expand(output.shape) if expanded else torch.ones_like(output)).requires_grad_()
             grads = torch.autograd.grad(output, inputs, upstream, create_graph=True)
             torch.autograd.grad(grads, [upstream, *inputs], [torch.ones_like(each) for each in grads])
+            # siglip_loss has a kernel that create_graph=True does not take.
+            torch.autograd.grad(function(*leaves), inputs, upstream.detach())

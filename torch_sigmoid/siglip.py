@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from . import kernels
+from .autograd import recordable
 from .checks import (
     DENSE_FLOATS,
     check_chunk_size,
@@ -32,8 +33,8 @@ from .checks import (
 )
 from .dispatch import NOBODY, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted
-from .internals import apply_of, graph_break, store_of, unwrap_if_dead
-from .losses import autocasts
+from .internals import apply_of, graph_break, store_of
+from .losses import autocasts, own_dtypes
 
 
 def _chunks(image: Tensor, chunk_size: int) -> list[slice]:
@@ -181,7 +182,7 @@ class SigLIPFunction(Function):
         ring: Ring | Alone
         ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
         pairs = Pairs(image, text, scale, bias, 1, ring.size, chunk_size)
-        with torch.autocast(image.device.type, enabled=False):
+        with own_dtypes(image.device.type):
             for rank, texts in enumerate(ring.texts(text)):
                 for chunk, rows in enumerate(pairs.rows):
                     pairs.add_losses(image[rows] @ texts.mT, rank, chunk)
@@ -215,7 +216,7 @@ def gradients(
         tensor.new_zeros(tensor.shape, dtype=_sum_type(tensor)) if needed else None
         for tensor, needed in zip((image, text), needs)
     )
-    with torch.autocast(image.device.type, enabled=False):
+    with own_dtypes(image.device.type):
         for rank, texts in enumerate(ring.texts(text)):
             for chunk, rows in enumerate(pairs.rows):
                 gradient = pairs.gradient(image[rows] @ texts.mT, rank, chunk)
@@ -288,7 +289,7 @@ def apply(
     """The loss in `dtype`; under transforms, forward mode and tracers by its formula."""
     if listener() >= TRANSFORM or not image.numel():
         return formula(image, text, scale, bias, chunk_size, dtype)
-    tensors = map(unwrap_if_dead, (image, text, scale, bias))
+    tensors = map(recordable, (image, text, scale, bias))
     return _apply(*tensors, chunk_size, group, dtype)
 
 
