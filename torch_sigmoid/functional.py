@@ -1,7 +1,7 @@
 """The public functions. Each is defined in the file of its family: sigmoid.py, gates.py, losses.py or siglip.py."""
 
 from .dispatch import Path, path, torch_below
-from .gates import glu, logsigmoid, sigmoid_gate, silu, swiglu, swiglu_packed
+from .gates import glu, logsigmoid, quick_gelu, sigmoid_gate, silu, swiglu, swiglu_packed
 from .losses import binary_cross_entropy_with_logits, debug, sigmoid_focal_loss
 from .siglip import siglip_loss
 from .sigmoid import sigmoid, sigmoid_
@@ -13,6 +13,7 @@ __all__ = [
     "glu",
     "logsigmoid",
     "path",
+    "quick_gelu",
     "siglip_loss",
     "sigmoid",
     "sigmoid_",

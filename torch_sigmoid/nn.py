@@ -14,6 +14,7 @@ __all__ = [
     "GLU",
     "BCEWithLogitsLoss",
     "LogSigmoid",
+    "QuickGELU",
     "SiLU",
     "SigLIPLoss",
     "Sigmoid",
@@ -112,6 +113,29 @@ class SiLU(torch.nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, self.inplace)
+
+
+class QuickGELU(torch.nn.Module):
+    """x·σ(alpha·x), element by element, as in CLIP. See `torch_sigmoid.quick_gelu`.
+
+    Args:
+        alpha: positive and finite.
+    """
+
+    def __init__(self, alpha: float = 1.702) -> None:
+        super().__init__()
+        checks.check_gate_options("QuickGELU", alpha)
+        self.alpha = alpha
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.quick_gelu(input, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
 
 
 class GLU(torch.nn.GLU):

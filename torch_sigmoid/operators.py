@@ -97,6 +97,10 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
     return x * torch.sigmoid(gate)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -202,6 +206,16 @@ OPERATORS: dict[str, Row] = {
         (F.silu,),
         (lambda x: x * exact_sigmoid(x), exact_silu_slope),
         Watched("silu", "sigmoid rounds to 0 in fp32"),
+    ),
+    "quick_gelu": Row(
+        "gates",
+        {"": Case("x·σ(1.702x)", ours.quick_gelu, quick_gelu, one)},
+        nn.QuickGELU,
+        exact=(
+            lambda x: x * exact_sigmoid(x, 1.702),
+            lambda x: exact_silu_slope(x, 1.702),
+        ),
+        watched=Watched("silu", "never", scale=lambda module: module.alpha),
     ),
     "glu": Row(
         "gates",
