@@ -130,7 +130,8 @@ def addresses(pointer, strides, part):
 def load(pointer, strides, part):
     """The part's values: floats upcast for arithmetic, integers and bool as they are stored."""
     if strides[1] is None and strides[2] is None:
-        values = tl.load(pointer if strides[0] is None else pointer + part[0] * strides[0])
+        value = tl.load(pointer if strides[0] is None else pointer + part[0] * strides[0])
+        values = tl.full((1, 1), value, pointer.dtype.element_ty)
     else:
         places, mask = addresses(pointer, strides, part)
         values = tl.load(places, mask=mask)
