@@ -249,20 +249,22 @@ def _weighted_loss(
         # A loss that does not count is 0 at an infinite logit too.
         distance = torch.where(distance.isinf() & (clear | (v == 0)), near, distance)
         return v * (wrong * (distance + log_one) + right * log_one)
+    # As in maths.py: where the whole has a factor e^-y, its `last` part is multiplied after v.
+    last = torch.where(clear, scale, 1.0)
     if order == 1 or gamma:
-        slope = v * torch.where(clear, -right * e, wrong - right * tail) / one_plus
-        slope = result = slope * torch.where(clear, scale, 1.0)
+        slope = result = v * torch.where(clear, -right * e, wrong - right * tail) / one_plus
     if order == 2:
-        result = v * (wrong + right) * e / one_plus**2 * scale
+        result = v * (wrong + right) * e / one_plus**2
     if gamma:
+        log_one = torch.where(clear & (scale != 1), e, log_one)
         loss = v * (wrong * (near + log_one) + right * log_one)
-        q = (wrong - right) * torch.where(clear, 1.0, tail / mixture) / one_plus
+        q = (wrong - right) * torch.where(clear, 1.0, (tail if order == 1 else e) / mixture) / one_plus
         if order == 1:
             result = result + gamma * loss * q
         else:
-            bend = (gamma - 1) * q - (1 - tail) / one_plus
+            bend = (gamma - 1) * q * torch.where(clear, 1.0, scale) - (1 - tail) / one_plus
             result = result + gamma * q * (2 * slope + loss * bend)
-    return torch.where(above, result, -result) if order == 1 else result
+    return torch.where(above, result, -result) * last if order == 1 else result * scale
 
 
 def _loss_by_fused(v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int) -> Tensor:
@@ -277,5 +279,8 @@ def _loss_by_fused(v: Tensor | float, x: Tensor, positive: Tensor, negative: Ten
         u = torch.addcmul(positive * q, negative, p)
         if order:
             result.addcmul_(loss.mul_(negative - positive), p.mul_(q).div_(u), value=gamma)
-        result = result.mul_(u.pow_(gamma))
-    return result if isinstance(v, float) and v == 1 else v * result
+        power = u.pow_(gamma)
+    if not (isinstance(v, float) and v == 1):
+        # Before the power: the product with it may be subnormal where the product with v, too, is not.
+        result = v * result
+    return result.mul_(power) if gamma else result

@@ -55,7 +55,7 @@ CONCERNED = {
     "kernels/losses.py": ("ptx losses", "device codegen"),
     "kernels/maths.py": (
         "ptx losses gates forward backward",
-        "device maths codegen",
+        "device maths formulas codegen",
         "ptx siglip",
         "interpreter forward strides",
     ),
@@ -74,7 +74,7 @@ CONCERNED = {
     "torch_sigmoid/diagnostics/statistics.py": ("device watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/totals.py": ("device watch_steps watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/watch.py": ("device watch watch_steps watch_report",),
-    "torch_sigmoid/formulas.py": ("device operators gates losses tracing autograd", "ptx autograd"),
+    "torch_sigmoid/formulas.py": ("device formulas operators gates losses tracing autograd", "ptx autograd"),
     "torch_sigmoid/functional.py": ("device package",),
     "torch_sigmoid/gates.py": ("device operators gates", "ptx operators gates"),
     "torch_sigmoid/losses.py": ("device operators losses", "ptx operators losses"),
