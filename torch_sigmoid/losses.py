@@ -349,6 +349,6 @@ def autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def own_dtypes(device_type: str):
+def own_dtypes(device_type: str) -> contextlib.AbstractContextManager[object]:
     """A context in which operators compute in the dtypes of their tensors; a meta device has no autocast to turn off."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else contextlib.nullcontext()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +216,7 @@ OPERATORS: dict[str, Row] = {
             lambda x: x * exact_sigmoid(x, 1.702),
             lambda x: exact_silu_slope(x, 1.702),
         ),
-        watched=Watched("silu", "never", scale=lambda module: module.alpha),
+        watched=Watched("silu", "never", scale=lambda module: cast(nn.QuickGELU, module).alpha),
     ),
     "glu": Row(
         "gates",
