@@ -73,6 +73,14 @@ def test_public_names():
     assert torch_sigmoid.nn.Sigmoid is torch_sigmoid.Sigmoid
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_function_and_layer_of_every_row_are_exported(name):
+    layer = OPERATORS[name].module.__name__
+    assert {name, layer} <= {*torch_sigmoid.__all__}
+    assert name in torch_sigmoid.functional.__all__
+    assert layer in torch_sigmoid.nn.__all__
+
+
 def test_a_star_import_leaves_torchs_modules_alone():
     names = {}
     exec("from torch import nn; from torch.nn import functional; from torch_sigmoid import *", names)

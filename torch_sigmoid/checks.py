@@ -60,6 +60,8 @@ def halved_dim(caller: str, input: Tensor, dim: int) -> int:
     """`dim` counted from the front, if it can be halved; else a RuntimeError, as in torch."""
     if input.dim() == 0:
         raise RuntimeError(f"{caller}(): expected a tensor with a dimension to halve, got one of no dimensions")
+    if isinstance(dim, (Tensor, str, float)):
+        raise TypeError(f"{caller}(): dim must be an int, got {type(dim).__name__}")
     size = input.size(dim)
     if size % 2:
         raise RuntimeError(f"{caller}(): the size of dim must be even, got {size} in dim {dim} of shape {tuple(input.shape)}")

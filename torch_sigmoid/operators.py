@@ -339,11 +339,16 @@ def warmup(
     dtypes = tuple(dtypes)
     for dtype in dtypes:
         if dtype not in dispatch.FLOAT_DTYPES:
-            raise ValueError(f"warmup(): dtypes must be among float64, float32, float16 and bfloat16, got {dtype!r}")
+            raise ValueError(f"warmup(): dtypes must be among torch.float64, float32, float16 and bfloat16, got {dtype!r}")
     chosen = list(_chosen((operators,) if isinstance(operators, (str, torch.nn.Module)) else operators))
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = torch.empty(0, device=device).device
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"warmup(): device must be one of this machine, got {device!r}; dtypes and operators come after it"
+        ) from error
     if dispatch.kernels_refusal(device) is not None:
         return
     before = dispatch.torch_below(0)
@@ -359,16 +364,17 @@ def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callab
     """Each function or layer to call, with the case that makes its operands."""
     for operator in operators:
         if isinstance(operator, torch.nn.Module):
-            for module in operator.modules():
-                for row in OPERATORS.values():
-                    if type(module) is row.module:
-                        yield module, row.cases[""]
-        elif isinstance(operator, str):
-            found = [case for name, row in OPERATORS.items() if operator in (name, row.family) for case in row.cases.values()]
+            rows = {row.module: row for row in OPERATORS.values()}
+            found = [(module, rows[type(module)].cases[""]) for module in operator.modules() if type(module) in rows]
             if not found:
+                raise ValueError(f"warmup(): {type(operator).__name__} has no layer of this package; call replace first?")
+            yield from found
+        elif isinstance(operator, str):
+            cases = [case for name, row in OPERATORS.items() if operator in (name, row.family) for case in row.cases.values()]
+            if not cases:
                 known = ", ".join(dict.fromkeys((*FAMILIES, *OPERATORS)))
                 raise ValueError(f"warmup(): operators must be among {known}, or modules, got {operator!r}")
-            for case in found:
+            for case in cases:
                 yield case.function, case
         else:
             raise TypeError(f"warmup(): operators must be names or modules, got {operator!r}")
