@@ -154,10 +154,21 @@ def product(ALPHA: tl.constexpr, x):
     """ALPHA·x, and what its rounding has lost: up to |ALPHA·x| ulp of e^(ALPHA·x)."""
     x = limited(x, ALPHA)
     rounded = x * constant(ALPHA, x)
-    lost = tl.fma(x, constant(ALPHA, x), negative(rounded))
-    if x.dtype == tl.float32:
-        REST: tl.constexpr = ALPHA - rounded_to(24, ALPHA)
-        lost = tl.fma(x, REST, lost)
+    if INTERPRETED:
+        # The interpreter's fma rounds the product; in fp64 Dekker's is exact, by halves whose products are.
+        if x.dtype == tl.float32:
+            lost = (x.to(tl.float64) * ALPHA - rounded.to(tl.float64)).to(tl.float32)
+        else:
+            HIGH: tl.constexpr = rounded_to(26, ALPHA)
+            shifted = x * 134217729.0
+            high = shifted - (shifted - x)
+            low = x - high
+            lost = high * HIGH - rounded + high * (ALPHA - HIGH) + low * HIGH + low * (ALPHA - HIGH)
+    else:
+        lost = tl.fma(x, constant(ALPHA, x), negative(rounded))
+        if x.dtype == tl.float32:
+            REST: tl.constexpr = ALPHA - rounded_to(24, ALPHA)
+            lost = tl.fma(x, REST, lost)
     return rounded, lost
 
 

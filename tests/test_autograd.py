@@ -54,12 +54,6 @@ def test_gradcheck_of_the_second_derivative(function, device):
     assert gradgradcheck(first, x)
 
 
-def test_backward_twice_gives_the_same(function, x):
-    y = function(x)
-    first, second = (torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
 def test_create_graph_to_third_order(function, x):
     y = function(x)
     for order, exact in enumerate(derivatives(x)):
@@ -292,15 +286,6 @@ def test_disabled_saved_tensor_hooks(function, x):
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         function(x).sum().backward()
     torch.testing.assert_close(x.grad, derivatives(x)[0])
-
-
-def test_autocast_leaves_the_dtype_alone(function, device):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = random((5,), dtype, device).requires_grad_()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            y = function(x)
-        y.sum().backward()
-        assert y.dtype is x.grad.dtype is dtype
 
 
 def test_in_place_changes_of_what_was_saved_are_detected(save, function, x):

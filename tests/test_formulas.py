@@ -90,10 +90,13 @@ def maths(branch):
     """The module that the text of kernels/maths.py makes of torch operators."""
     # Of what `triton.jit` returns, here the function itself, the text finds out whether it is compiled.
     compiled = types.FunctionType if branch == "compiled" else types.BuiltinFunctionType
-    triton = types.SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f, JITFunction=compiled, language=LANGUAGE)
+    language = types.SimpleNamespace(**vars(LANGUAGE))
+    if branch == "interpreted":
+        language.fma = lambda a, b, c: a * b + c  # as numpy computes it, rounded twice
+    triton = types.SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f, JITFunction=compiled, language=language)
     shims = {
         "triton": triton,
-        "triton.language": LANGUAGE,
+        "triton.language": language,
         "triton.language.extra": types.SimpleNamespace(libdevice=LIBDEVICE),
     }
     module = types.ModuleType("maths_in_torch")

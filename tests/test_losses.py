@@ -701,8 +701,6 @@ def test_a_large_gamma_leaves_nothing_that_is_no_number(gamma, dtype, device):
 
 x23, t23 = torch.zeros(2, 3), torch.ones(2, 3)
 BAD = {
-    "no tensor": (lambda: ts.binary_cross_entropy_with_logits([1.0], t23), TypeError, "input must be a torch.Tensor, got list"),
-    "a number as target": (lambda: ts.sigmoid_focal_loss(x23, 1.0), TypeError, "targets must be a torch.Tensor, got float"),
     "target of another shape": (
         lambda: ts.binary_cross_entropy_with_logits(x23, torch.ones(3)),
         ValueError,
@@ -779,7 +777,6 @@ BAD = {
         ValueError,
         "input on cpu and target on meta",
     ),
-    "integer logits": (lambda: ts.sigmoid_focal_loss(x23.long(), t23), TypeError, "got torch.int64"),
     "complex targets": (lambda: ts.sigmoid_focal_loss(x23, t23 + 0j), TypeError, "got torch.complex64"),
 }
 
@@ -910,7 +907,7 @@ def test_replace_and_intercept(device):
 
 @pytest.mark.launches_nothing("subclasses see torch operators")
 @pytest.mark.ways("interpreter")
-def test_subclasses_and_meta_tensors(device):
+def test_subclasses(device):
     class Tagged(torch.Tensor):
         pass
 
@@ -918,11 +915,6 @@ def test_subclasses_and_meta_tensors(device):
     value, grad = value_and_gradient(ts.binary_cross_entropy_with_logits, x.as_subclass(Tagged), t)
     assert type(value) is Tagged
     torch.testing.assert_close(torch.Tensor(grad), value_and_gradient(F.binary_cross_entropy_with_logits, x, t)[1])
-    meta = torch.zeros(3, 4, device="meta").requires_grad_()
-    loss = ts.sigmoid_focal_loss(meta, torch.zeros(3, 4, device="meta"), reduction="mean")
-    loss.backward()
-    assert loss.is_meta
-    assert meta.grad.is_meta
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -19,13 +19,6 @@ from torch_sigmoid import Sigmoid, intercept, replace, restore
 pytestmark = pytest.mark.ways("interpreter")
 
 
-def test_the_layer_is_the_function(device, save):
-    x = random((3, 5), torch.bfloat16, device)
-    layer = Sigmoid(save=save)
-    assert torch.equal(layer(x), torch_sigmoid.sigmoid(x))
-    assert torch.equal(gradient(layer, x), gradient(lambda x: torch_sigmoid.sigmoid(x, save=save), x))
-
-
 FUNCTIONS_OF_MODULES = {
     torch_sigmoid.Sigmoid: torch_sigmoid.sigmoid,
     torch_sigmoid.SiLU: torch_sigmoid.silu,

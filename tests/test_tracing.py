@@ -198,14 +198,6 @@ def test_fake_gpu_tensors_on_a_machine_without_a_gpu(save):
     assert y.device.type == "cuda"
 
 
-def test_meta_tensors(function):
-    x = torch.empty(2, 3, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y = function(x)
-    y.sum().backward()
-    assert y.is_meta
-    assert x.grad.is_meta
-
-
 def test_jit_trace_records_an_exact_gradient(save, device):
     module = torch_sigmoid.Sigmoid(save=save)
     traced = torch.jit.trace(module, random((3,), torch.float32, device))
