@@ -12,6 +12,7 @@ Gates and losses, each an `Operator` that knows its value, its gradients and the
     grads = operator'(grad_output, *tensors)  OperatorBackwardFunction    saves grad_output and the tensors
 
 A second derivative is one kernel; where a third may follow it is built from differentiable pieces, hence of any order.
+All Functions stand in this file, which is longer than others, so that what each one saves can be compared with its neighbours.
 """
 
 from collections.abc import Callable, Sequence

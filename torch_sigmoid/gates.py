@@ -3,7 +3,8 @@
     y = f(x)            saves x
     y = A·h(G)          saves the operand and the gate, or the packed tensor of which they are the halves
 
-The kernels are those of kernels/gates.py, where the formulas of the derivatives stand.
+The kernels are those of kernels/gates.py, where the formulas of the derivatives stand. Half of this long file is docstrings
+and checks of the public functions, which belong beside their operators.
 """
 
 import math
