@@ -136,9 +136,9 @@ def test_derivatives_of_losses(gamma, dtype, order, device):
     for positive in (0.0, 1.0):
         target, one = torch.full_like(x, positive).to(device), torch.ones_like(x).to(device)
         if order == 1:
-            actual = loss.backward(v.to(device), x.to(device), target, None, None, None)
+            (actual,) = loss.backward(v.to(device), x.to(device), target, None, None, None)
         else:
-            _, actual = loss.double_backward(v.to(device), one, x.to(device), target, None, None, None)
+            _, actual = loss.double_backward((v.to(device),), one, x.to(device), target, None, None, None)
         of = lambda x: loss_derivatives(x, positive, gamma)  # noqa: E731, B023
         check(actual, v, x, of, order, dtype, allowance(dtype, device, 12.0 * (1 + gamma)))
 
@@ -151,7 +151,7 @@ def test_what_the_kernels_of_bf16_losses_once_flushed(device):
         x = torch.tensor([number], dtype=torch.bfloat16)
         target = torch.full_like(x, positive).to(device)
         one = torch.ones_like(x)
-        actual = Loss(gamma, reduction="none").backward(one.to(device), x.to(device), target, None, None, None)
+        (actual,) = Loss(gamma, reduction="none").backward(one.to(device), x.to(device), target, None, None, None)
         of = lambda x: loss_derivatives(x, positive, gamma)  # noqa: E731, B023
         check(actual, one, x, of, 1, torch.bfloat16, allowance(torch.bfloat16, device, 0.0))
 

@@ -607,8 +607,8 @@ FAULTS_IN_KERNELS = {
     "the sums of the last columns never stored": (
         (
             "reduce.py",
-            "for TAIL in tl.static_range(1 + HAS_TAIL):\n            present, part = select_part((matrix, 0",
-            "for TAIL in tl.static_range(1):\n            present, part = select_part((matrix, 0",
+            "for TAIL in tl.static_range(1 + HAS_TAIL):\n            present, part = select_part(\n                (matrix, 0",
+            "for TAIL in tl.static_range(1):\n            present, part = select_part(\n                (matrix, 0",
         ),
         lambda kernels: gated(kernels, (40, 33), (1, 33)),
         r"gate_backward_kernel: no thread of any program has written outputs\[1\]\[32\]",
@@ -701,7 +701,7 @@ FAULTS_IN_VALUES = {
         sum_of_partials,
     ),
     "tiles added up twice": (
-        [("reduce.py", "for index in range(tl.program_id(0), count", "for index in range(tl.program_id(0) // 2, count")],
+        [("reduce.py", "        tl.program_id(0), count", "        tl.program_id(0) // 2, count")],
         sum_of_losses,
     ),
     "tails not added up": (
