@@ -30,14 +30,15 @@ def keep(compiled, programs, arguments) -> tuple:
     if current_device is torch.cuda.current_device:
         # The same without its check for initialisation, which a tensor on the device has answered.
         current_device = torch._C._cuda_getDevice
-    launch, packs = compiled.run, False
+    launch, flat = compiled.run, False
     fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
     if _only_appends(launch):
         fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)  # and no scratch memory
-        fixed = (*fixed, launch.arg_annotations, launch.kernel_signature)
-        launch, packs = launch.launch, True
+        annotations, arguments = _flattened(compiled.src.signature.values(), arguments)
+        fixed = (*fixed, annotations, launch.kernel_signature)
+        launch, flat = launch.launch, True
     where = current_device, driver.active.get_current_stream, driver.active
-    return launch, packs, compiled.function, fixed, arguments, programs, *where, compiled
+    return launch, flat, compiled.function, fixed, arguments, programs, *where, compiled
 
 
 def _only_appends(launch) -> bool:
@@ -49,16 +50,37 @@ def _only_appends(launch) -> bool:
     )
 
 
+def _flattened(signature, arguments) -> tuple[list, list]:
+    """Triton's annotations of the pointers and of the arguments that a kernel gets, and these, without tuples or constants.
+
+    An input that is None stays, as a constant.
+    """
+    from triton.backends.nvidia.driver import annotate_arguments
+
+    inputs, outputs, *rest = signature
+    kinds, values = [*inputs, *outputs], []
+
+    def append(kind, value):
+        if isinstance(kind, tuple):
+            for pair in zip(kind, value, strict=True):
+                append(*pair)
+        elif kind != "constexpr":
+            kinds.append(kind)
+            values.append(value)
+
+    append(tuple(rest), arguments)
+    return annotate_arguments(kinds), values
+
+
 def relaunch(kept, kernel, device, inputs, outputs) -> bool:
     """Launch what was kept, over these addresses; False where it has to go through Triton's own entry."""
-    launch, packs, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
+    launch, flat, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
     if current_device() != device or driver.active is not compiled_for or _watched(kernel):
         return False
-    values = (inputs, outputs, *arguments)
-    if packs:
-        launch(programs, 1, 1, current_stream(device), function, *fixed, values)
+    if flat:
+        launch(programs, 1, 1, current_stream(device), function, *fixed, (*inputs, *outputs, *arguments))
     else:
-        launch(programs, 1, 1, current_stream(device), function, *fixed, *values)
+        launch(programs, 1, 1, current_stream(device), function, *fixed, tuple(inputs), tuple(outputs), *arguments)
     return True
 
 

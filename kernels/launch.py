@@ -197,7 +197,7 @@ class Launcher:
                     key += tensor.shape, tensor.stride(), tensor.dtype
         key = tuple(key)
         kept = self.kept.get(key)
-        if kept is None or not relaunch(kept, self.kernel, device, tuple(read), tuple(written)):
+        if kept is None or not relaunch(kept, self.kernel, device, read, written):
             self._launch(key, inputs, outputs)
 
     def _launch(self, key, inputs, outputs):

@@ -250,9 +250,8 @@ _apply_eagerly: dict[Save, Callable[..., Tensor]] = {
 }
 
 
-def record_sigmoid(input: Tensor, save: Save) -> Tensor:
+def record_sigmoid(input: Tensor, save: Save, listening: int) -> Tensor:
     """σ(input), recorded for whoever listens; a tracer must not."""
-    listening = listener()
     if listening >= TRANSFORM:
         return SigmoidFunction.apply(input, save)
     if listening == REVERSE_MODE and input.requires_grad:

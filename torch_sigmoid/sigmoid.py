@@ -23,15 +23,11 @@ from .dispatch import (
 from .internals import modes_listen
 
 
-def _torch_gradient_suffices(input: Tensor, save: Save) -> bool:
-    """Whether torch's own sigmoid has the gradient that `save` promises.
+def _torch_gradient_suffices(input: Tensor) -> bool:
+    """Whether torch's own sigmoid has the gradient that save="output" promises.
 
     Torch saves σ and multiplies in the tensor's dtype, which is right in fp32 and fp64; in bf16 on a CPU it multiplies in fp32.
     """
-    if not is_ours(input):
-        return True
-    if save == "input":
-        return False
     return input.dtype in WIDE_DTYPES or (input.dtype is torch.bfloat16 and input.device.type == "cpu")
 
 
@@ -77,11 +73,12 @@ def sigmoid(input: Tensor, *, save: Save = "output", out: Tensor | None = None) 
         return _sigmoid_out(input, out)
     if is_small(input, save) or not is_ours(input):
         return torch.sigmoid(input)
-    if listener() == TRACER:
+    listening = listener()
+    if listening == TRACER:
         # From the output, Inductor computes torch's own gradient as we do: in fp32, rounded once.
         return formulas.sigmoid(input) if save == "input" else torch.sigmoid(input)
-    if reaches_kernels(input) or not _torch_gradient_suffices(input, save):
-        return record_sigmoid(input, save)
+    if save == "input" or reaches_kernels(input) or not _torch_gradient_suffices(input):
+        return record_sigmoid(input, save, listening)
     return torch.sigmoid(input)
 
 
@@ -115,7 +112,7 @@ def sigmoid_(input: Tensor) -> Tensor:
             "expected a tensor computed from it, or a call under torch.no_grad()"
         )
     only_reverse_mode = needs_grad and listener() == REVERSE_MODE and has_plain_storage(input) and not modes_listen()
-    if _torch_gradient_suffices(input, "output") or not only_reverse_mode:
+    if not (only_reverse_mode and is_ours(input)) or _torch_gradient_suffices(input):
         return torch.sigmoid_(input)
     if input._is_view():
         return input.copy_(sigmoid(input))
