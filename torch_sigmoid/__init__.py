@@ -54,7 +54,7 @@ from .nn import (
     SwiGLUPacked,
 )
 from .operators import warmup
-from .swap import intercept, replace, restore
+from .swap import intercept, register, replace, report, restore
 
 __version__ = "0.2.0"
 
@@ -80,7 +80,9 @@ __all__ = [
     "logsigmoid",
     "path",
     "quick_gelu",
+    "register",
     "replace",
+    "report",
     "restore",
     "siglip_loss",
     "sigmoid",

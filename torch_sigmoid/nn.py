@@ -104,6 +104,9 @@ class SiLU(torch.nn.SiLU):
         inplace: write the result over the input.
     """
 
+    # Also for the modules of others that `replace` gives this class.
+    inplace: bool = False
+
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return torch.nn.SiLU(self.inplace)
 
@@ -121,6 +124,8 @@ class QuickGELU(torch.nn.Module):
     Args:
         alpha: positive and finite.
     """
+
+    alpha: float = 1.702
 
     def __init__(self, alpha: float = 1.702) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Ours in place of torch's modules, by their class."""
+"""Ours in place of what a model is made of: its activations, gated blocks and losses."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -8,27 +10,52 @@ import torch
 from .. import nn
 from ..checks import check_save
 from ..dispatch import Save
-from ..operators import OPERATORS
+from . import criteria
+from .blocks import (
+    KINDS,
+    OURS,
+    RECORD,
+    Original,
+    bare,
+    fused_type,
+    has_own_methods,
+    hidden_name,
+    kind_of,
+    plan,
+    set_bare_type,
+)
+from .gates import GATED, FusedGate
 
-_OURS = {row.torch_module: row.module for row in OPERATORS.values() if row.torch_module}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
-def replace(model: _Model, *, save: Save = "output") -> _Model:
-    """Make each `torch.nn.Sigmoid`, `SiLU`, `GLU`, `LogSigmoid` and `BCEWithLogitsLoss` in `model` ours, in place.
+def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Model:
+    """Make what `model` is made of ours, in place: activations, and with `fuse` gated blocks and losses too.
 
-    The module objects stay the same and only change their class: names, hooks, training flag, sharing between parents and
-    references from outside are untouched, and `model` itself may be one. Subclasses of torch's modules are left alone, and
-    so are direct calls such as `F.silu(x)`, for which there is `intercept`. A second call changes the `save` of what the
-    first has replaced.
+    Activations: `torch.nn.Sigmoid`, `SiLU`, `GLU`, `LogSigmoid` and `BCEWithLogitsLoss`, and the like of transformers, timm and
+    open_clip. Fused blocks: the gated MLPs, experts and gated attention of transformers, SwiGLU and squeeze-and-excitation of
+    timm, torchvision and diffusers, focal losses, SigLIP's loss, a Llama's MLP written by hand: silu(gate)·up is then one
+    kernel forward and one backward, and keeps 2 tensors for backward where there were 3. `torch_sigmoid.report(model)` says
+    what became ours and what did not, and why.
+
+    A block is fused if its class's forward is a known form, names of locals and comments aside; one that differs by one
+    operator is left alone. `torch_sigmoid.register` adds forms. The module objects stay the same and only change their class:
+    names, parameters, state_dict, hooks, training flag, sharing between parents and references from outside are untouched, and
+    so are isinstance checks of fused blocks. Copies and pickles stay replaced. A hook on an activation of a fused block sees
+    the gate and what it is multiplied with, and their product. A second call changes the `save` of what the first has replaced.
+
+    Direct calls such as `F.silu(x)` in other code are left; for these there is `intercept`.
 
     Args:
-        model: any module.
+        model: any module, before or after fully_shard, DistributedDataParallel and torch.compile.
         save: as in `torch_sigmoid.Sigmoid`; the others save their input.
+        fuse: False leaves blocks as they are, and only changes activations.
 
     Returns:
         `model`.
+
+    Warns:
+        UserWarning: nothing in `model` is ours or became ours, and what was looked for.
 
     Raises:
         TypeError: `model` is not a module.
@@ -40,17 +67,62 @@ def replace(model: _Model, *, save: Save = "output") -> _Model:
         Sigmoid(save='input')
     """
     check_save(save)
-    for module in _modules(model, "replace"):
-        if type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
-            module.__dict__["_replaced"] = True
-        if type(module) is nn.Sigmoid and getattr(module, "_replaced", False):
-            module.save = save
+    modules = list(_modules(model, "replace"))
+    gated = set()
+    if fuse:
+        for block in modules:
+            gated |= _fuse(block)
+    for module in modules:
+        _replace_activation(module, save, id(module) in gated)
+    if not any(RECORD in module.__dict__ or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
+        warnings.warn(_nothing(model, modules), stacklevel=2)
     return model
 
 
+def is_ours(module: torch.nn.Module) -> bool:
+    """Whether a module has a class of this package."""
+    return bare(type(module)).__module__.startswith(f"{nn.__package__}.")
+
+
+def _fuse(block: torch.nn.Module) -> set[int]:
+    """Fuse a block if it is of a known form; returns the ids of the activations that then take a second argument."""
+    criteria.replace(block)
+    planned = plan(block)
+    if not planned.forms:
+        return set()
+    module_type = bare(type(block))
+    first = planned.forms[0]
+    operators = ", ".join(dict.fromkeys(form.fused or _GATES[form.activation] for form in planned.forms))
+    block.__dict__[RECORD] = Original(module_type, operators, first.name, first.library, first.versions)
+    for form in planned.forms:
+        if form.fused:
+            block.__dict__[hidden_name(form)] = FusedGate(form.fused)
+    set_bare_type(block, fused_type(module_type, planned.forms))
+    return set(map(id, planned.gated))
+
+
+_GATES: dict[str | None, str] = {"silu": "swiglu", "sigmoid": "sigmoid_gate", None: "siglip_loss"}
+
+
+def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> None:
+    kind, module_type = kind_of(module), bare(type(module))
+    if kind is None:
+        return
+    ours = GATED[kind] if gated else OURS[kind]
+    foreign = not issubclass(module_type, ours) and not is_ours(module)
+    if kind == "sigmoid" and save == "input" and getattr(module, "inplace", False):
+        return
+    if foreign or (gated and module_type is not ours):
+        before = module.__dict__.get(RECORD)
+        original = before.type if isinstance(before, Original) else module_type
+        module.__dict__[RECORD] = Original(original, f"{kind}, gated" if gated else kind)
+        set_bare_type(module, ours)
+    if isinstance(module, nn.Sigmoid) and RECORD in module.__dict__:
+        module.save = save
+
+
 def restore(model: _Model) -> _Model:
-    """Undo `replace`: the modules it changed are torch's again. Returns `model`.
+    """Undo `replace`: the modules it changed are their libraries' again. Returns `model`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -62,9 +134,14 @@ def restore(model: _Model) -> _Model:
         )
     """
     for module in _modules(model, "restore"):
-        if type(module) in _THEIRS and module.__dict__.pop("_replaced", False):
-            module.__dict__.pop("save", None)
-            module.__class__ = _THEIRS[type(module)]
+        criteria.restore(module)
+        original = module.__dict__.pop(RECORD, None)
+        if original is None:
+            continue
+        module.__dict__.pop("save", None)
+        for name in [name for name in module.__dict__ if name.startswith("_fused_")]:
+            del module.__dict__[name]
+        set_bare_type(module, original.type)
     return model
 
 
@@ -72,3 +149,23 @@ def _modules(model: torch.nn.Module, caller: str) -> Iterator[torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{caller}(): model must be a torch.nn.Module, got {type(model).__name__}")
     return model.modules()
+
+
+def _nothing(model: torch.nn.Module, modules: list[torch.nn.Module]) -> str:
+    """What a call that changed nothing looked for, and what it found of that sort."""
+    others = Counter(type(module).__name__ for module in modules if _is_activation(module))
+    found = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
+    patched = sum(has_own_methods(module, ("forward",)) is not None for module in modules)
+    return (
+        f"replace(): {type(model).__name__} has nothing that is ours to replace. Looked for modules of torch "
+        f"({', '.join(each.__name__ for each in KINDS)}), their like in transformers, timm and open_clip, and known gated "
+        f"blocks and losses. Activations of other kinds: {found}."
+        + (f" Modules whose forward somebody else has replaced: {patched}." if patched else "")
+        + " For functions that it calls, such as F.silu, there is intercept; report(model) tells more."
+    )
+
+
+def _is_activation(module: torch.nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    kinds = "gelu", "relu", "tanh", "swish", "mish", "sigmoid", "softplus", "elu", "activation"
+    return not list(module.children()) and any(kind in name for kind in kinds)

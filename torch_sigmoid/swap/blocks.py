@@ -1,0 +1,264 @@
+"""What becomes of a module: which class of ours takes the place of its own, or why none does."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..operators import OPERATORS
+from .forms import Form, activations, forms
+from .gates import GATED
+from .trees import Function, Match, Rewrite, innermost, match, remembered
+
+Type = type[torch.nn.Module]
+
+# By the classes of torch, which are known without a look at their source.
+KINDS: dict[Type, str] = {row.torch_module: name for name, row in OPERATORS.items() if row.torch_module}
+OURS: dict[str, Type] = {name: row.module for name, row in OPERATORS.items()}
+_KINDS_OF_OURS: dict[Type, str] = {row.module: name for name, row in OPERATORS.items()} | {
+    gated: kind for kind, gated in GATED.items()
+}
+# Children of blocks that are called a gated MLP, by which one that is not known is recognised as worth a word.
+_CHILDREN_OF_GATED = ({"gate_proj", "up_proj"}, {"gate_up_proj"}, {"w1", "w2", "w3"}, {"fc1_g", "fc1_x"})
+_LOOKS_GATED = (
+    Rewrite("self.ACT(GATE) * UP", "self.ACT(GATE, UP)"),
+    Rewrite("UP * self.ACT(GATE)", "self.ACT(GATE, UP)"),
+    Rewrite("silu(GATE) * UP", "self.FUSED(GATE, UP)"),
+    Rewrite("OUT * sigmoid(GATE)", "self.FUSED(OUT, GATE)"),
+)
+
+
+# Where a replaced module keeps what it was.
+RECORD = "_replaced"
+
+
+class Original(NamedTuple):
+    """What a replaced module was, for `restore`, and what it became, for `report`; kept in its __dict__."""
+
+    type: Type
+    became: str
+    form: str = ""
+    library: str = ""
+    versions: str = ""
+
+
+# fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise.
+
+
+def _wrapping_types() -> tuple[type, ...]:
+    found = []
+    for module, name in (
+        ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule"),
+        ("torch.distributed._composable.replicate_with_fsdp", "ReplicateModule"),
+    ):
+        found.append(getattr(sys.modules.get(module), name, None))
+    return tuple(filter(None, found))
+
+
+def bare(module_type: Type) -> Type:
+    """The class below those that torch.distributed has put on top of it."""
+    wrapping = _wrapping_types()
+    while len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping:
+        module_type = module_type.__bases__[1]
+    return module_type
+
+
+@remembered
+def _wrapped_like(wrapped: Type, new: Type) -> Type:
+    """The class of `wrapped` on top of `new`."""
+    below = wrapped.__bases__[1]
+    base = new if below is bare(wrapped) else _wrapped_like(below, new)
+    names = {name: value for name, value in vars(wrapped).items() if name not in ("__dict__", "__weakref__")}
+    return type(wrapped.__name__, (wrapped.__bases__[0], base), names)
+
+
+def set_bare_type(module: torch.nn.Module, new: Type) -> None:
+    """Give a module another class, below those of torch.distributed."""
+    wrapped = type(module)
+    module.__class__ = new if bare(wrapped) is wrapped else _wrapped_like(wrapped, new)
+
+
+# Activations
+
+
+def kind_of(module: object) -> str | None:
+    """The operator that a module is, if it is known to be one, whoever's class it has."""
+    if not isinstance(module, torch.nn.Module) or has_own_methods(module, ("forward",)):
+        return None
+    return _kind_of_type(bare(type(module)))
+
+
+@remembered
+def _kind_of_type(module_type: Type) -> str | None:
+    if kind := KINDS.get(module_type) or _KINDS_OF_OURS.get(module_type):
+        return kind
+    return next((each.kind for each in activations() if each.knows(module_type)), None)
+
+
+def has_own_methods(module: torch.nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of these methods that somebody has put on the instance itself, as Liger, kernelize and accelerate do."""
+    return next((name for name in names if name in module.__dict__), None)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, hooks))
+
+
+# Blocks
+
+
+class Fused:
+    """What the classes of fused blocks have in common: they pickle and copy by the class that they were made of."""
+
+    _fused_from: Type
+    _fused_by: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (self._fused_from, self._fused_by), self.__dict__
+
+    def _get_name(self) -> str:
+        return f"{type(self).__name__}, fused"
+
+
+def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
+    """An empty module of the fused class; of its own class where that is not known any more."""
+    known = tuple(form for form in _forms_of(module_type) if form.name in names)
+    if len({form.name for form in known}) < len(set(names)):
+        warnings.warn(
+            f"{module_type.__name__} was fused by torch_sigmoid when it was saved, and its code has changed since: it is "
+            "loaded as it is, and runs its own forward",
+            stacklevel=2,
+        )
+    new = fused_type(module_type, known) if known else module_type
+    module: torch.nn.Module = object.__new__(new)
+    return module
+
+
+@remembered
+def _forms_at(module_type: Type, registered: int) -> tuple[Form, ...]:
+    del registered  # a key: what is known changes with it
+    return tuple(form for form in forms() if form.knows(module_type))
+
+
+def _forms_of(module_type: Type) -> tuple[Form, ...]:
+    return _forms_at(module_type, hash(forms()))
+
+
+@remembered
+def _match_of(form: Form, function: Function) -> Match | None:
+    return next(filter(None, (match(function, rewrite) for rewrite in form.rewrites)), None)
+
+
+def activation_of(form: Form, module_type: Type) -> str | None:
+    """The attribute that holds the activation which the form fuses."""
+    if form.gate is not None or form.forward is not None:
+        return form.gate
+    found = _match_of(form, getattr(module_type, form.method))
+    name = found.bound.get("ACT") if found else None
+    return name if isinstance(name, str) else None
+
+
+@remembered
+def fused_type(module_type: Type, chosen: tuple[Form, ...]) -> Type:
+    """The class of a block with the methods of these forms."""
+    methods: dict[str, Any] = {}
+    for form in chosen:
+        if form.forward is not None:
+            methods[form.method] = form.forward
+        else:
+            found = _match_of(form, getattr(module_type, form.method))
+            assert found is not None
+            methods[form.method] = found.written(hidden_name(form))
+    names: dict[str, Any] = {
+        "__module__": module_type.__module__,
+        "__qualname__": module_type.__qualname__,
+        "__doc__": module_type.__doc__,
+    }
+    names |= {"_fused_from": module_type, "_fused_by": tuple(form.name for form in chosen)}
+    return type(module_type.__name__, (Fused, module_type), names | methods)
+
+
+def hidden_name(form: Form) -> str:
+    """The attribute of a fused block for what its rewrite calls FUSED."""
+    return f"_fused_{form.fused}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forms of a block that apply, and its activations that take a second argument; or why there are none."""
+
+    forms: tuple[Form, ...] = ()
+    gated: tuple[torch.nn.Module, ...] = ()
+    reason: str | None = None
+
+
+def plan(block: torch.nn.Module) -> Plan:
+    """What `replace` does with a block."""
+    module_type = bare(type(block))
+    if issubclass(module_type, Fused):
+        return Plan()
+    known = _forms_of(module_type)
+    if not known:
+        return Plan(reason=_why_unknown(block, module_type))
+    if name := has_own_methods(block, tuple(form.method for form in known)):
+        return Plan(reason=f"its {name} was replaced by {_whose(block.__dict__[name])}")
+    chosen: list[Form] = []
+    gated: list[torch.nn.Module] = []
+    reason = None
+    for form in known:
+        attribute = activation_of(form, module_type)
+        if form.activation is not None:
+            activation = getattr(block, attribute or "", None)
+            kind = kind_of(activation)
+            if activation is None or kind != form.activation:
+                continue
+            if has_hooks(activation):
+                reason = f"{attribute} has hooks, which would see other tensors in a fused gate"
+                continue
+            gated.append(activation)
+        elif form.rewrites and _match_of(form, getattr(module_type, form.method)) is None:
+            continue
+        chosen.append(form)
+    return Plan(tuple(chosen), tuple(gated), None if chosen else reason)
+
+
+def _whose(function: Any) -> str:
+    module = getattr(innermost(function), "__module__", None) or type(function).__module__
+    return f"{getattr(function, '__qualname__', type(function).__name__)} of {module}"
+
+
+def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
+    """A word where the block looks like one of ours, or calls itself one of them."""
+    children = {name for name, _ in block.named_children()} | set(block._parameters)
+    has_gate = any(kind_of(child) in GATED for child in block.children())
+    if (has_gate and any(names <= children for names in _CHILDREN_OF_GATED)) or _looks_gated(module_type, block):
+        return "its forward is no known form; register(Form(...)) adds one"
+    return None
+
+
+def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
+    for rewrite in _LOOKS_GATED:
+        found = _generic_match(module_type, rewrite)
+        if found is None:
+            continue
+        activation = found.bound.get("ACT")
+        if not isinstance(activation, str) or kind_of(getattr(block, activation, None)) in GATED:
+            return True
+    return False
+
+
+@remembered
+def _generic_match(module_type: Type, rewrite: Rewrite) -> Match | None:
+    return match(module_type.forward, rewrite)
+
+
+def changed_activation(module: torch.nn.Module) -> bool:
+    """Whether a module is called like a known activation of its library, but computes something else."""
+    module_type = bare(type(module))
+    library = module_type.__module__.split(".")[0]
+    return kind_of(module) is None and any(
+        each.name == module_type.__name__ and each.library == library for each in activations()
+    )

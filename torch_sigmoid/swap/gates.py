@@ -1,0 +1,84 @@
+"""What stands in a fused block where its gate was computed: modules, which hooks and a GradientWatch can see.
+
+An activation that is multiplied with something stays the module that it was, under its name, and takes the other factor as a
+second argument. Where a block computes its gate without a module, one is put beside its children, where neither
+`named_modules` nor a state_dict finds it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as ours
+from .. import nn
+
+
+class GatedSiLU(nn.SiLU):
+    """silu(gate)·up, called with both or with the packed tensor that they are the halves of; of one tensor it is silu."""
+
+    def forward(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
+        if packed_dim is not None:
+            return ours.swiglu_packed(input, packed_dim)
+        return super().forward(input) if up is None else ours.swiglu(input, up)
+
+    def gate_of(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
+        """What a call applies silu to."""
+        return input if packed_dim is None else input.chunk(2, packed_dim)[0]
+
+
+class GatedSigmoid(nn.Sigmoid):
+    """operand·σ(gate), called with gate and operand or with a packed tensor, its halves operand and gate; of one tensor σ."""
+
+    def forward(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
+        if packed_dim is not None:
+            return ours.glu(input, packed_dim)
+        return super().forward(input) if operand is None else ours.sigmoid_gate(operand, input)
+
+    def gate_of(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
+        """What a call applies σ to."""
+        return input if packed_dim is None else input.chunk(2, packed_dim)[1]
+
+
+GATED: dict[str, type[torch.nn.Module]] = {"silu": GatedSiLU, "sigmoid": GatedSigmoid}
+
+
+class FusedGate(torch.nn.Module):
+    """A function of this package in the place of what a block computed inline."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return _FUNCTIONS[self.function](*args, **options)
+
+    def gate_of(self, *args: Any, **options: Any) -> Tensor | None:
+        """What a call applies silu or σ to; None of a loss."""
+        index = {"swiglu": 0, "swiglu_packed": 0, "sigmoid_gate": 1}.get(self.function)
+        if index is None:
+            return None
+        gate: Tensor = args[index]
+        if self.function != "swiglu_packed":
+            return gate
+        return gate[..., ::2] if options.get("interleaved") else gate.chunk(2, options.get("dim", -1))[0]
+
+    def extra_repr(self) -> str:
+        return self.function
+
+
+def detr_focal_loss(inputs: Tensor, targets: Tensor, num_boxes: Any, alpha: float = 0.25, gamma: float = 2) -> Tensor:
+    """Focal loss as the DETR family sums it up: the mean of each query's, over the number of boxes."""
+    loss = ours.sigmoid_focal_loss(inputs, targets, alpha, gamma).mean(1).sum()
+    return torch.div(loss, num_boxes)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "swiglu": ours.swiglu,
+    "swiglu_packed": ours.swiglu_packed,
+    "sigmoid_gate": ours.sigmoid_gate,
+    "sigmoid_focal_loss": ours.sigmoid_focal_loss,
+    "siglip_loss": ours.siglip_loss,
+    "detr_focal_loss": detr_focal_loss,
+}

@@ -1,0 +1,358 @@
+"""Syntax trees of functions: known ones are told apart, and a known part is put in other words.
+
+A pattern is Python text, in which a name in capitals stands for any expression, `self.NAME` for any attribute, and a name from
+`FUNCTIONS` for whatever the function calls torch's function of that name:
+
+    >>> rewritten(LlamaMLP.forward, Rewrite("self.ACT(GATE) * UP", "self.ACT(GATE, UP)"))
+
+What was rewritten has the original's globals, defaults, decorators and line numbers.
+"""
+
+import ast
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+
+Function = Callable[..., Any]
+Bound = dict[str, ast.expr | str]
+
+# The fingerprints of focal losses that are sums of α_t·(1-p_t)^γ·BCE: torchvision's, and that of the DETR family.
+FOCAL_LOSSES = {"sigmoid_focal_loss": "3d349d5760d561f0", "detr_focal_loss": "5c484d299d240ef9"}
+
+
+def _is_one_of(*functions: Function) -> Callable[[Any], bool]:
+    return lambda called: any(called is function for function in functions)
+
+
+def _has_fingerprint(expected: str) -> Callable[[Any], bool]:
+    def has(called: Any) -> bool:
+        tree = tree_of(called) if isinstance(called, types.FunctionType) else None
+        return tree is not None and fingerprint(tree) == expected
+
+    return has
+
+
+# What a pattern calls by these names.
+FUNCTIONS: dict[str, Callable[[Any], bool]] = {
+    "sigmoid": _is_one_of(torch.sigmoid, torch.special.expit, F.sigmoid),
+    "silu": _is_one_of(F.silu),
+    "logsigmoid": _is_one_of(F.logsigmoid),
+    **{name: _has_fingerprint(expected) for name, expected in FOCAL_LOSSES.items()},
+}
+
+
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+
+
+def remembered(function: _Cached) -> _Cached:
+    """functools.lru_cache, which hides the types of a function and, from mypy, that classes of modules have a hash."""
+    return cast(_Cached, functools.lru_cache(maxsize=4096)(function))
+
+
+def innermost(function: Function) -> Function:
+    """What decorators made with functools.wraps stand around."""
+    inner: Function = inspect.unwrap(function)
+    return inner
+
+
+def tree_of(function: Function | str) -> ast.FunctionDef | None:
+    """The definition of a function, or in a text, without decorators, annotations and docstring; None without a source."""
+    if isinstance(function, str):
+        source = function
+    else:
+        try:
+            source = inspect.getsource(innermost(function))
+        except (OSError, TypeError):
+            return None
+    try:
+        (definition,) = ast.parse(textwrap.dedent(source)).body
+    except (SyntaxError, ValueError):
+        return None
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    if isinstance(function, types.FunctionType):
+        ast.increment_lineno(definition, innermost(function).__code__.co_firstlineno - _first_line(definition))
+    definition.decorator_list = []
+    definition.returns = None
+    if ast.get_docstring(definition, clean=False) is not None and len(definition.body) > 1:
+        del definition.body[0]
+    for node in ast.walk(definition):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return definition
+
+
+def _first_line(definition: ast.FunctionDef) -> int:
+    return min([definition.lineno, *(each.lineno for each in definition.decorator_list)])
+
+
+def fingerprint(definition: ast.FunctionDef) -> str:
+    """16 hexadecimal digits that tell a syntax tree from others, whatever it and its locals are called."""
+    numbers: dict[str, int] = {}
+    local = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    local |= {node.arg for node in ast.walk(definition) if isinstance(node, ast.arg)}
+    local -= {"self"}
+
+    def described(node: Any) -> str:
+        if isinstance(node, list):
+            return "[" + ",".join(map(described, node)) + "]"
+        if not isinstance(node, ast.AST):
+            return repr(numbers.setdefault(node, len(numbers)) if isinstance(node, str) and node in local else node)
+        if isinstance(node, ast.Constant):
+            return repr(node.value)
+        # Fields that some versions of Python lack, and the names of functions, do not count.
+        ignored = {"ctx", "type_comment", "type_params"} | ({"name"} if node is definition else set())
+        fields = [(name, value) for name, value in ast.iter_fields(node) if name not in ignored and value not in (None, [])]
+        if isinstance(node, (ast.Attribute, ast.keyword)):
+            name = "attr" if isinstance(node, ast.Attribute) else "arg"
+            return f"{type(node).__name__}({getattr(node, name)!r},{described(node.value)})"
+        return type(node).__name__ + "(" + ",".join(f"{name}={described(value)}" for name, value in fields) + ")"
+
+    return hashlib.sha256(described(definition).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Put `put` in the place of `find`: an expression, or whole statements that follow each other."""
+
+    find: str
+    put: str
+
+    def __post_init__(self) -> None:
+        missing = _capitals(ast.parse(self.put)) - _capitals(ast.parse(self.find)) - {"FUSED"}
+        if missing:
+            raise ValueError(f"Rewrite(): put uses {', '.join(sorted(missing))}, which find does not bind")
+
+
+def _capitals(tree: ast.AST) -> set[str]:
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in names if _stands_for_any(name)}
+
+
+def _stands_for_any(name: str) -> bool:
+    return name.isupper() and name.isidentifier() and len(name) > 1
+
+
+class _Matcher:
+    """Matches a pattern against parts of one function, whose globals tell what it calls."""
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        self.scope = scope
+
+    def matches(self, pattern: Any, node: Any, bound: Bound) -> bool:
+        """Whether `node` is the pattern; what its capitals stand for is added to `bound`."""
+        if isinstance(pattern, list):
+            return len(pattern) == len(node) and all(self.matches(*pair, bound) for pair in zip(pattern, node))
+        if isinstance(pattern, ast.Name):
+            if _stands_for_any(pattern.id):
+                return self._binds(pattern.id, node, bound)
+            if pattern.id in FUNCTIONS:
+                return FUNCTIONS[pattern.id](self._resolved(node))
+        if type(pattern) is not type(node):
+            return False
+        if not isinstance(pattern, ast.AST):
+            return bool(pattern == node)
+        if isinstance(pattern, ast.Attribute) and _stands_for_any(pattern.attr):
+            return self.matches(pattern.value, node.value, bound) and self._binds(pattern.attr, node.attr, bound)
+        return all(
+            self.matches(getattr(pattern, name, None), getattr(node, name, None), bound)
+            for name in pattern._fields
+            if name not in ("ctx", "type_comment", "kind")
+        )
+
+    def _binds(self, name: str, value: Any, bound: Bound) -> bool:
+        if not isinstance(value, (ast.expr, str)):
+            return False
+        if name in bound:
+            return _same(bound[name], value)
+        bound[name] = value
+        return True
+
+    def _resolved(self, node: ast.AST) -> Any:
+        """The object that a dotted name of globals stands for."""
+        path = []
+        while isinstance(node, ast.Attribute):
+            path.append(node.attr)
+            node = node.value
+        found = self.scope.get(node.id) if isinstance(node, ast.Name) else None
+        for name in reversed(path):
+            found = getattr(found, name, None)
+        return inspect.unwrap(found) if callable(found) else found
+
+
+def _same(a: ast.expr | str, b: ast.expr | str) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return ast.dump(_loaded(a)) == ast.dump(_loaded(b))
+
+
+def _loaded(node: ast.expr) -> ast.expr:
+    node = copy.deepcopy(node)
+    for each in ast.walk(node):
+        if hasattr(each, "ctx"):
+            each.ctx = ast.Load()
+    return node
+
+
+class _Filler(ast.NodeTransformer):
+    """A pattern with what was bound in the places of its capitals."""
+
+    def __init__(self, bound: Bound, fused: str) -> None:
+        self.bound = bound | {"FUSED": fused}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        value = self.bound.get(node.id)
+        return node if value is None else _with_context(value, node.ctx)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        node = ast.Attribute(self.visit(node.value), node.attr, node.ctx)
+        value = self.bound.get(node.attr)
+        if isinstance(value, str):
+            node.attr = value
+        return node
+
+
+def _with_context(value: ast.expr | str, ctx: ast.expr_context) -> ast.expr:
+    if isinstance(value, str):
+        return ast.Name(value, ctx)
+    value = copy.deepcopy(value)
+    if isinstance(value, (ast.Name, ast.Attribute, ast.Subscript)):
+        value.ctx = ctx
+    return value
+
+
+def _places(
+    definition: ast.FunctionDef, pattern: list[ast.stmt], matcher: _Matcher
+) -> Iterator[tuple[ast.AST, str, Any, Bound]]:
+    """Where the pattern is found."""
+    expression = pattern[0].value if len(pattern) == 1 and isinstance(pattern[0], ast.Expr) else None
+    for node in ast.walk(definition):
+        for field, value in ast.iter_fields(node):
+            if expression is not None:
+                for index, each in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                    bound: Bound = {}
+                    if isinstance(each, ast.expr) and matcher.matches(expression, each, bound):
+                        yield node, field, index, bound
+            elif isinstance(value, list) and all(isinstance(each, ast.stmt) for each in value):
+                for start in range(len(value) - len(pattern) + 1):
+                    bound = {}
+                    if matcher.matches(pattern, value[start : start + len(pattern)], bound):
+                        yield node, field, slice(start, start + len(pattern)), bound
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a rewrite applies to a function, once; `bound` says what the names in capitals stand for."""
+
+    function: Function
+    definition: ast.FunctionDef
+    rewrite: Rewrite
+    bound: Bound
+
+    def written(self, fused: str) -> Function:
+        """The function, rewritten; `fused` is the attribute of self that FUSED stands for."""
+        return _through_decorators(self.function, _compiled(self._filled(fused), innermost(self.function)))
+
+    def _filled(self, fused: str) -> ast.FunctionDef:
+        definition = copy.deepcopy(self.definition)
+        pattern = ast.parse(self.rewrite.find).body
+        ((node, field, index, bound),) = _places(definition, pattern, _Matcher(_scope(self.function)))
+        put = ast.parse(self.rewrite.put).body
+        value = getattr(node, field)
+        old = value[index][0] if isinstance(index, slice) else value if index is None else value[index]
+        filler = _Filler(bound, fused)
+        new: Any = [filler.visit(each) for each in put]
+        if not isinstance(index, slice):
+            (statement,) = new
+            new = statement.value
+        for each in new if isinstance(new, list) else [new]:
+            for inner in ast.walk(each):
+                ast.copy_location(inner, old)
+        if index is None:
+            setattr(node, field, new)
+        else:
+            value[index] = new
+        return definition
+
+
+def match(function: Function, rewrite: Rewrite) -> Match | None:
+    """How a rewrite applies to a function; None where it does not: nothing or several parts match, or a name would be lost."""
+    definition = tree_of(function)
+    if definition is None:
+        return None
+    found = list(itertools.islice(_places(definition, ast.parse(rewrite.find).body, _Matcher(_scope(function))), 2))
+    if len(found) != 1:
+        return None
+    match = Match(function, definition, rewrite, found[0][3])
+    before, after = _stored(definition), _stored(match._filled("_"))
+    lost = before - after - {node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)}
+    if lost & {node.id for node in ast.walk(match._filled("_")) if isinstance(node, ast.Name)}:
+        return None
+    return match
+
+
+def _stored(definition: ast.FunctionDef) -> set[str]:
+    return {node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def _scope(function: Function) -> dict[str, Any]:
+    scope: dict[str, Any] = getattr(innermost(function), "__globals__", {})
+    return scope
+
+
+def _compiled(definition: ast.FunctionDef, original: Any) -> Function:
+    """The definition as a function that has all of the original's but its code."""
+    cells = original.__code__.co_freevars
+    # Names from an enclosing scope, such as the one that super() needs, must be free in the code as they were.
+    body: list[ast.stmt] = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
+    outer = ast.parse(f"def outer({', '.join(cells)}): pass").body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.body = body
+    namespace: dict[str, Any] = {}
+    filename = original.__code__.co_filename
+    # Defaults are taken from the original, not computed again.
+    definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
+    definition.args.kw_defaults = [each and ast.Constant(None) for each in definition.args.kw_defaults]
+    exec(compile(ast.fix_missing_locations(ast.Module([outer], [])), filename, "exec"), original.__globals__, namespace)
+    made = namespace["outer"](*(None for _ in cells))
+    closure = {name: cell for name, cell in zip(cells, original.__closure__ or ())}
+    code = made.__code__
+    function = types.FunctionType(
+        code, original.__globals__, original.__name__, original.__defaults__, tuple(closure[name] for name in code.co_freevars)
+    )
+    function.__kwdefaults__ = original.__kwdefaults__
+    function.__qualname__, function.__module__, function.__doc__ = original.__qualname__, original.__module__, original.__doc__
+    function.__annotations__ = original.__annotations__
+    return function
+
+
+def _through_decorators(outer: Any, made: Function) -> Function:
+    """`made` with the decorators of `outer`: copies of their functions, which hold `made` where they held the original."""
+    inner = getattr(outer, "__wrapped__", None)
+    if inner is None:
+        return made
+    made = _through_decorators(inner, made)
+    cells = tuple(types.CellType(made) if _holds(cell, inner) else cell for cell in outer.__closure__ or ())
+    function = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, cells)
+    function.__kwdefaults__ = outer.__kwdefaults__
+    function.__dict__.update(outer.__dict__ | {"__wrapped__": made})
+    function.__qualname__, function.__module__, function.__doc__ = outer.__qualname__, outer.__module__, outer.__doc__
+    return function
+
+
+def _holds(cell: Any, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False
