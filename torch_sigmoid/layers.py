@@ -51,7 +51,8 @@ class SiLU(_Layer):
     """x·σ(x), as `torch_sigmoid.silu`; written over the input if the layer has `inplace=True`, as `torch.nn.SiLU` may."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input, getattr(self, "inplace", False))
+        # getattr's default costs a raised AttributeError at every call.
+        return functional.silu(input, vars(self).get("inplace", False))
 
 
 class QuickGELU(_Layer):
@@ -81,21 +82,19 @@ class SwiGLUMLP(_Layer):
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        _check_gated_mlp(self)
-        hidden: Tensor = self.down_proj(functional.swiglu(self.gate_proj(x), self.up_proj(x)))
+        try:
+            gate_proj, up_proj, down_proj, act_fn = self.gate_proj, self.up_proj, self.down_proj, self.act_fn
+        except AttributeError:
+            missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(self, name)]
+            raise TypeError(
+                "SwiGLUMLP needs a layer with gate_proj, up_proj, down_proj and act_fn, "
+                f"got a {type(self).__name__} without {' and '.join(missing)}"
+            ) from None
+        if not _is_silu(act_fn):
+            name = getattr(act_fn, "__name__", type(act_fn).__name__)
+            raise ValueError(f"SwiGLUMLP needs a SiLU as act_fn, got {name} in a {type(self).__name__}")
+        hidden: Tensor = down_proj(functional.swiglu(gate_proj(x), up_proj(x)))
         return hidden
-
-
-def _check_gated_mlp(layer: torch.nn.Module) -> None:
-    missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(layer, name)]
-    if missing:
-        raise TypeError(
-            "SwiGLUMLP needs a layer with gate_proj, up_proj, down_proj and act_fn, "
-            f"got a {type(layer).__name__} without {' and '.join(missing)}"
-        )
-    if not _is_silu(layer.act_fn):
-        name = getattr(layer.act_fn, "__name__", type(layer.act_fn).__name__)
-        raise ValueError(f"SwiGLUMLP needs a SiLU as act_fn, got {name} in a {type(layer).__name__}")
 
 
 def _is_silu(activation: object) -> bool:
