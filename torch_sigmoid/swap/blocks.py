@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operators import OPERATORS
-from .forms import Form, activations, forms
+from .forms import BY_HAND, Form, activations, forms
 from .gates import GATED
 from .trees import Function, Match, Rewrite, called_by, innermost, match, remembered, tree_of
 
@@ -143,7 +143,7 @@ def _forms_at(module_type: Type, registered: int) -> tuple[Form, ...]:
     known = [form for form in forms() if form.knows(module_type)]
     # The same text may be known of several libraries.
     library = module_type.__module__.split(".")[0]
-    known.sort(key=lambda form: form.library != library)
+    known.sort(key=lambda form: form.library not in (library, BY_HAND))
     return tuple({(form.method, form.activation): form for form in reversed(known)}.values())
 
 
