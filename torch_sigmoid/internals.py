@@ -81,6 +81,12 @@ def make_fx_traces() -> bool:
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None or _is_included(_KEY.PreDispatch)
 
 
+def function_modes() -> list[object]:
+    """The function modes around this call, outermost first."""
+    modes: list[object] = torch.overrides._get_current_function_mode_stack()
+    return modes
+
+
 # A wrapper by vmap or by is_grads_batched looks like a Tensor.
 is_legacy_batched: Callable[[Tensor], bool] = _C._functorch.is_legacy_batchedtensor
 is_functorch_wrapper: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor

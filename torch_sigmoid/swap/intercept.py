@@ -18,6 +18,7 @@ from ..dispatch import Save
 from ..functional import binary_cross_entropy_with_logits, glu, sigmoid, sigmoid_, silu
 from ..internals import (
     NN_NAMESPACE,
+    function_modes,
     in_backward,
     saved_tensor_hooks,
     script_as,
@@ -100,15 +101,15 @@ class intercept(TorchFunctionMode):
             super().__enter__()  # type: ignore[no-untyped-call]
         else:
             _places.occupy()
+            _thread.saves.append(self.save)
             set_for_backward(_thread.saves)
-        _thread.saves.append(self.save)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _thread.saves.pop()
         if is_compiling():
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         else:
+            _thread.saves.pop()
             _places.vacate()
 
     def __torch_function__(
@@ -116,53 +117,47 @@ class intercept(TorchFunctionMode):
     ) -> Any:
         # Only torch.compile comes here.
         if func in _OURS:
-            _thread.saves.append(self.save)
-            try:
-                return _call(func, _OURS[func], args, kwargs or {})
-            finally:
-                _thread.saves.pop()
+            return _call(func, _OURS[func], args, kwargs or {}, self.save)
         return func(*args, **(kwargs or {}))
 
 
-def intercepted_save() -> Save | None:
-    """The `save` of the intercept around this call; None where there is none."""
-    saves = _saves()
-    return saves[-1] if saves else None
-
-
 class _Thread(threading.local):
-    """The `save` of each intercept around this call, outermost first, and whether the call comes from inside one of ours."""
+    """The `save` of each intercept that this thread has entered, and of the call that ours is computing, if it is."""
 
     # Not on the class: torch.compile guards on where it finds the attribute, which the first call would set on the instance.
     def __init__(self) -> None:
         self.saves: list[Save] = []
-        self.inside = False
+        self.computing: Save | None = None
 
 
 _thread = _Thread()
 
 
-def _saves() -> list[Save]:
-    if not _thread.saves and not is_compiling() and in_backward():
+def intercepted_save() -> Save | None:
+    """The `save` of the intercept around this call; None where there is none."""
+    saves = _thread.saves
+    if is_compiling():
+        saves = [*saves, *(mode.save for mode in function_modes() if isinstance(mode, intercept))]
+    elif not saves and in_backward():
         # A GPU's backward runs in a thread of its own.
-        return set_of_backward() or _thread.saves
-    return _thread.saves
+        saves = set_of_backward()
+    return saves[-1] if saves else None
 
 
-def _call(theirs: _Function, ours: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Ours, unless no intercept surrounds the call or it is one that we leave to torch."""
-    if _thread.inside or not _saves() or kwargs.get("out") is not None:
+def _call(theirs: _Function, ours: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], save: Save | None = None) -> Any:
+    """Ours, unless no intercept surrounds the call, or it comes from ours, or has an `out`."""
+    if _thread.computing or not (save := save or intercepted_save()) or kwargs.get("out") is not None:
         return theirs(*args, **kwargs)
-    _thread.inside = True
+    _thread.computing = save
     try:
         return ours(*args, **kwargs)
     finally:
-        _thread.inside = False
+        _thread.computing = None
 
 
 def _wrapped(theirs: _Function, ours: _Function) -> _Function:
     """What stands in the place of `theirs`."""
-    call = _call
+    call = _call  # for a wrapper that has other globals
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return call(theirs, ours, args, kwargs)
@@ -176,7 +171,7 @@ def _wrapped(theirs: _Function, ours: _Function) -> _Function:
 
 
 def _save_now() -> Save:
-    save = _saves()[-1]
+    save = _thread.computing or "output"
     if not is_compiling() and save == "input" and saved_tensor_hooks():
         warnings.warn(
             'intercept(save="input") saves the output under checkpointing and other saved-tensor hooks; '

@@ -121,7 +121,10 @@ class Places:
                 else:
                     self._seen[name] = weakref.ref(module)
                 for namespace in _namespaces(name, module):
-                    self._search(namespace)
+                    if namespace is _namespace_of(module) or not _is_of_torch(name):
+                        self._search(namespace)
+                    else:
+                        self._clear(namespace)
         if isinstance(main := modules.get("__main__"), ModuleType):
             self._search(_namespace_of(main))
 
@@ -133,21 +136,29 @@ class Places:
             if id(value) in self._functions:
                 self._places[id(namespace), key] = namespace, self._functions[id(value)]
 
+    def _clear(self, registry: _Namespace) -> None:
+        """Give a registry of torch's, which was built while substitutes were in place, the functions themselves."""
+        for key, value in list(registry.items()):
+            function = self._functions.get(id(value), value)
+            if function is not value:
+                registry[key] = function
+
+
+def _is_of_torch(name: str) -> bool:
+    return name.partition(".")[0] == "torch"
+
 
 def _is_being_imported(module: ModuleType) -> bool:
     return getattr(_namespace_of(module).get("__spec__"), "_initializing", False)
 
 
 def _namespaces(name: str, module: ModuleType) -> Iterator[_Namespace]:
-    """A module's dictionary, and outside of torch those among its values; nothing of this package and of torch's C++."""
-    root = name.partition(".")[0]
-    if root == _PACKAGE or name.startswith("torch._C"):
+    """A module's dictionary and those among its values; nothing of this package and of torch's C++."""
+    if name.partition(".")[0] == _PACKAGE or name.startswith("torch._C"):
         return
     namespace = _namespace_of(module)
     yield namespace
-    # torch's own are registries by function.
-    if root != "torch":
-        yield from (value for value in list(namespace.values()) if type(value) is dict)
+    yield from (value for value in list(namespace.values()) if type(value) is dict)
 
 
 class _Imports(MetaPathFinder):
