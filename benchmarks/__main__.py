@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEASUREMENTS = ("accuracy", "code", "counts", "host", "imports", "watch", "pairs", "speed", "tune", "gpu", "mutants")
+MEASUREMENTS = "accuracy code counts host imports intercept watch pairs speed tune gpu mutants".split()
 # Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
     **{name: f"benchmarks.measure.{name}" for name in MEASUREMENTS},
@@ -29,6 +29,7 @@ SUITE = (
     ("counts",),
     ("host",),
     ("imports",),
+    ("intercept",),
     ("watch",),
     ("pairs",),
     ("speed", "--device", "cpu"),

@@ -211,6 +211,7 @@ def test_out_of_none_is_no_out(device):
     assert ulp_error(grad, derivative(x.cpu())).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
 def test_a_script_compiled_inside_has_torchs_operators():
     def function(x):
         return torch.sigmoid(x) + F.silu(x) + F.glu(x) + x.sigmoid()
@@ -410,7 +411,6 @@ def test_a_form_that_is_not_known_is_left_alone(known, imports, tmp_path):
         import {imports}
         import torch, torch_sigmoid
         from torch_sigmoid.swap import focal
-from torch_sigmoid.swap.intercept import intercepted_save
 
         x = torch.zeros(2)
         if {known}:

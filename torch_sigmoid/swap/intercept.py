@@ -49,15 +49,19 @@ class intercept(TorchFunctionMode):
     may run outside of it. It is a decorator too.
 
     While it is active in some thread, thin wrappers stand in the place of these functions: in torch, and in every module that
-    has imported one by name or has it in a table such as {"silu": F.silu}. A call of anything else costs what it costs
-    outside; entering and leaving costs some 50 µs, so put it around the training loop rather than around each step. Other
-    threads get torch's functions. Afterwards each module has its own again.
+    has imported one by name or keeps it in a dictionary, such as {"silu": F.silu}. Other threads get torch's functions through
+    them. When the last context ends, each place gets its own function back. A call of anything else costs the same inside as
+    outside. The first entry searches the modules of the process (0.1 s for 3000), later ones take some 50 µs: enter around a
+    training loop, not in each step.
 
-    It does not reach a torch.sigmoid, torch.special.expit or F.logsigmoid that was put elsewhere before, such as
-    `self.activation = torch.sigmoid` or a functools.partial; F.silu and other functions written in Python it reaches
-    anywhere. Inside, torch.nn.functional.silu is not the object that it is outside: what holds the one cannot be pickled on
-    the other side. A function that torch.compile compiled outside with `x.sigmoid()` in it, the method, is not compiled again
-    for the inside, nor the other way round; `torch.sigmoid(x)` is.
+    Limits:
+
+    - A torch.sigmoid, torch.special.expit or F.logsigmoid that an object took before, as in `self.activation = torch.sigmoid`
+      or a functools.partial, stays torch's. F.silu, F.glu and the other functions in Python are reached wherever they are
+      held, but a focal loss only in modules: of one that is held elsewhere, σ and the cross entropy become ours.
+    - F.silu inside is another object than F.silu outside. A model that holds the one cannot be pickled where the other is.
+    - torch.compile compiles `torch.sigmoid(x)` and `F.silu(x)` anew for the inside of the context and for the outside, but not
+      the method `x.sigmoid()`, which stays as it was at the first call.
 
     What `torch.utils.checkpoint` recomputes in a backward outside the context is torch's own sigmoid. With
     use_reentrant=False, and under other saved-tensor hooks, save="input" therefore gives way to "output" with a warning: σ
