@@ -71,6 +71,14 @@ with intercept(save="input") as mode:
     assert_type(mode, intercept)
     assert_type(mode.save, Literal["output", "input"])
 
+
+@intercept()
+def activated(x: Tensor, factor: float) -> Tensor:
+    return factor * x.sigmoid()
+
+
+assert_type(activated(x, factor=2.0), Tensor)
+
 with debug():
     ...
 
