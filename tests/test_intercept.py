@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_sigmoid import intercept
 from torch_sigmoid.swap import focal
+from torch_sigmoid.swap.trees import fingerprint_of
 from torch_sigmoid.swap.intercept import intercepted_save
 
 OWNERS = {"torch": torch, "special": torch.special, "functional": F, "Tensor": torch.Tensor}
@@ -405,7 +406,7 @@ def test_a_form_that_is_not_known_is_left_alone(known, imports, tmp_path):
     spec = importlib.util.spec_from_file_location("theirs", tmp_path / "torchvision" / "ops" / "focal_loss.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
-    form = focal.fingerprint(theirs.sigmoid_focal_loss)
+    form = fingerprint_of(theirs.sigmoid_focal_loss)
     run(
         f"""
         import {imports}
@@ -426,26 +427,6 @@ def test_a_form_that_is_not_known_is_left_alone(known, imports, tmp_path):
         """,
         tmp_path,
     )
-
-
-def test_a_form_is_the_code_without_its_words():
-    def written(x: int, y=(1, 2)) -> int:
-        """Some words."""
-        return x + y[0]
-
-    first = focal.fingerprint(written)
-
-    def written(x, y=(1, 2)):
-        # Others.
-        return x + y[0]
-
-    assert focal.fingerprint(written) == first
-
-    def written(x, y=(1, 2)):
-        return x - y[0]
-
-    assert focal.fingerprint(written) != first
-    assert focal.fingerprint(eval("lambda x: x")) is None
 
 
 def test_no_library_is_imported():

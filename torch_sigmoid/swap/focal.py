@@ -1,10 +1,5 @@
 """The focal losses of other libraries: where they are defined, in which forms, and the same by ours."""
 
-import ast
-import hashlib
-import inspect
-import re
-import textwrap
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -15,6 +10,7 @@ from torch import Tensor
 from ..checks import MAX_GAMMA
 from ..dispatch import is_ours
 from ..functional import sigmoid_focal_loss
+from .trees import FOCAL_LOSSES, fingerprint_of
 
 _Function = Callable[..., Any]
 
@@ -26,21 +22,6 @@ LIBRARIES = (
     "transformers.loss.loss_grounding_dino",
     "transformers.models.maskformer.modeling_maskformer",
 )
-
-
-def fingerprint(function: FunctionType) -> str | None:
-    """A hash of what a function does: of its syntax tree without docstring and annotations. None where it has no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.arg)):
-            vars(node).update({"returns": None} if isinstance(node, ast.FunctionDef) else {"annotation": None})
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    # From Python 3.13 on, a dump leaves empty lists out.
-    return hashlib.sha256(re.sub(r"(, )?\w+=\[\]", "", ast.dump(tree)).encode()).hexdigest()[:16]
 
 
 def of_each_element(
@@ -85,15 +66,15 @@ def _takes(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> bool:
     return tensors and is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested
 
 
-# The forms that were compared with ours: torchvision's up to 0.29, and those of transformers 5.24.
+# The forms that were compared with ours: torchvision's of 0.29, and those of transformers 5.24.
 FORMS: dict[str, _Function] = {
-    "985912bfbba283a8": of_each_element,
-    "33da404704629b0b": mean_over_queries,
-    "665e5a886dcce3cd": mean_over_pixels,
-    "a65c8b17836699d9": sum_of_all,
+    FOCAL_LOSSES["sigmoid_focal_loss"]: of_each_element,
+    FOCAL_LOSSES["detr_focal_loss"]: mean_over_queries,
+    "5a6cd7a15c1db2e8": mean_over_pixels,
+    "87498cb2c926e38b": sum_of_all,
 }
 
 
 def form_of(function: FunctionType) -> _Function | None:
     """What computes the same by ours, called with the function before its arguments; None if we do not know its form."""
-    return FORMS.get(fingerprint(function) or "")
+    return FORMS.get(fingerprint_of(function) or "")
