@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_sigmoid import intercept
 from torch_sigmoid.swap import focal
-from torch_sigmoid.swap.trees import fingerprint_of
 from torch_sigmoid.swap.intercept import intercepted_save
+from torch_sigmoid.swap.trees import fingerprint_of
 
 OWNERS = {"torch": torch, "special": torch.special, "functional": F, "Tensor": torch.Tensor}
 COVERED = {
