@@ -179,13 +179,14 @@ def kind_of_class(module: torch.nn.Module) -> str | None:
 
 def _saved_bytes_both_ways(model: torch.nn.Module, forward: Callable[[], object]) -> tuple[int, int]:
     records = [module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__]
-    if not records and not any(criteria.RECORD in module.__dict__ for module in model.modules()):
+    has_loss = any(criteria.RECORD in module.__dict__ for module in model.modules())
+    if not records and not has_loss:
         raise ValueError(
             "report(): nothing in the model was replaced, so there are no two ways to run forward; call replace first"
         )
     with _as_before(model):
         after = saved_bytes(forward)
-    fused = any(record.form for record in records)
+    fused = has_loss or any(record.form for record in records)
     save: Save = next(
         (each.save for each in model.modules() if RECORD in each.__dict__ and isinstance(each, nn.Sigmoid)), "output"
     )
