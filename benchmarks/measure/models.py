@@ -28,7 +28,6 @@ from . import record, zoo
 from .speed import CPU_THREADS
 
 STEPS = 20
-LEARNING_RATE = 1e-3
 TOLERANCE, TOLERANCE_WITH_BATCH_NORM = 1e-5, 1e-3
 NOTHING = "nothing to replace"
 
@@ -38,12 +37,12 @@ class Training:
 
     def __init__(self, case: zoo.Case):
         torch.manual_seed(0)
-        self.loss, self.model = case.loss, case.build().train()
+        self.loss, self.rate, self.model = case.loss, case.rate, case.build().train()
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
     def start(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), float(os.environ.get("LR", 1e-3)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), self.rate)
 
     def step(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -130,7 +129,9 @@ def missing_libraries() -> list[str]:
 @record.reporting
 def main(argv=None) -> int:
     parser = record.parser("models", __doc__, device=False, out=record.RESULTS / "models")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only models whose library or name has one of these words in it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="only models whose library or name has one of these words in it"
+    )
     arguments = parser.parse_args(argv)
     if missing := missing_libraries():
         print(f"models: skipped, {', '.join(missing)} not installed here; `make models` installs what it needs and runs it")
