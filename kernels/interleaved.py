@@ -28,67 +28,76 @@ ACCESS_BITS = tl.constexpr(128)
 
 
 @triton.jit
-def select_pairs(place, n_columns, TAIL: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
-    """The first pair of what `select_part` selects, and the end of the pairs that exist."""
+def select_body(place, n_columns, BLOCK_COLUMNS: tl.constexpr, USE_INT64: tl.constexpr):
+    """The packed columns at which a tile's body begins, and at which the bodies of a row end."""
     if USE_INT64:
         n_columns = n_columns.to(tl.int64)
-    first = place[2] * BLOCK_COLUMNS
-    n_body_columns = n_columns // TAIL_COLUMNS * TAIL_COLUMNS
-    if TAIL:
-        return n_body_columns, tl.minimum(n_columns, first + BLOCK_COLUMNS)
-    else:
-        return first, n_body_columns
+    return 2 * place[2] * BLOCK_COLUMNS, 2 * (n_columns // TAIL_COLUMNS * TAIL_COLUMNS)
 
 
 @triton.jit
-def accesses(pointer, part, pairs, SECOND: tl.constexpr):
-    """The part of a packed tensor that all threads read in their first access, or in their second."""
+def accesses(pointer, part, body, SECOND: tl.constexpr):
+    """The elements of a body's packed tile that all threads access first, or those that they access second."""
     WIDTH: tl.constexpr = ACCESS_BITS // pointer.dtype.element_ty.primitive_bitwidth
     matrix, rows, columns, row_mask, _, _ = part
-    first, end = pairs
-    starts = 2 * first + WIDTH * (2 * tl.arange(0, columns.shape[1] // WIDTH) + SECOND)
+    begin, end = body
+    starts = begin + WIDTH * (2 * tl.arange(0, columns.shape[1] // WIDTH) + SECOND)
     packed_columns = starts[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
-    mask = packed_columns < 2 * end
+    mask = packed_columns < end
     return matrix, rows[:, :, None], packed_columns, row_mask[:, :, None], mask, row_mask[:, :, None] & mask
 
 
 @triton.jit
+def firsts(part):
+    """The first of each pair of a part; the second is the next element."""
+    matrix, rows, columns, row_mask, column_mask, mask = part
+    return matrix, rows, 2 * columns, row_mask, column_mask, mask
+
+
+@triton.jit
+def load_access(pointer, strides, part, body, SECOND: tl.constexpr):
+    values = load(pointer, strides, accesses(pointer, part, body, SECOND))
+    return tl.split(tl.reshape(values, (values.shape[0], values.shape[1], values.shape[2] // 2, 2)))
+
+
+@triton.jit
 def alternate(one, other):
-    """The pairs of both accesses, in the order of memory: (rows, threads, pairs of an access) twice gives (rows, pairs)."""
+    """Of (rows, threads, pairs) for each of two accesses, all in the order of memory: (rows, columns)."""
     both = tl.permute(tl.join(one, other), (0, 1, 3, 2))
     return tl.reshape(both, (both.shape[0], both.shape[1] * both.shape[2] * both.shape[3]))
 
 
 @triton.jit
-def split_accesses(values, PAIRS: tl.constexpr):
-    """What `alternate` has joined."""
+def by_access(values, PAIRS: tl.constexpr):
+    """What `alternate` joins."""
     both = tl.reshape(values, (values.shape[0], values.shape[1] // (2 * PAIRS), 2, PAIRS))
     return tl.split(tl.permute(both, (0, 1, 3, 2)))
 
 
 @triton.jit
-def load_access(pointer, strides, part, pairs, SECOND: tl.constexpr):
-    values = load(pointer, strides, accesses(pointer, part, pairs, SECOND))
-    return tl.split(tl.reshape(values, (values.shape[0], values.shape[1], values.shape[2] // 2, 2)))
-
-
-@triton.jit
-def load_pairs(pointer, strides, part, pairs):
+def load_pairs(pointer, strides, part, body, TAIL: tl.constexpr):
     """The first and the second of each pair."""
-    first_of_one, second_of_one = load_access(pointer, strides, part, pairs, 0)
-    first_of_other, second_of_other = load_access(pointer, strides, part, pairs, 1)
-    return alternate(first_of_one, first_of_other), alternate(second_of_one, second_of_other)
+    if TAIL:
+        return load(pointer, strides, firsts(part)), load(pointer + 1, strides, firsts(part))
+    else:
+        one = load_access(pointer, strides, part, body, 0)
+        other = load_access(pointer, strides, part, body, 1)
+        return alternate(one[0], other[0]), alternate(one[1], other[1])
 
 
 @triton.jit
-def store_pairs(pointer, strides, part, pairs, first, second):
-    WIDTH: tl.constexpr = ACCESS_BITS // pointer.dtype.element_ty.primitive_bitwidth
-    firsts = split_accesses(first, WIDTH // 2)
-    seconds = split_accesses(second, WIDTH // 2)
-    for SECOND in tl.static_range(2):
-        joined = tl.join(firsts[SECOND], seconds[SECOND])
-        values = tl.reshape(joined, (joined.shape[0], joined.shape[1], WIDTH))
-        store(pointer, strides, accesses(pointer, part, pairs, SECOND), values)
+def store_pairs(pointer, strides, part, body, first, second, TAIL: tl.constexpr):
+    if TAIL:
+        store(pointer, strides, firsts(part), first)
+        store(pointer + 1, strides, firsts(part), second)
+    else:
+        WIDTH: tl.constexpr = ACCESS_BITS // pointer.dtype.element_ty.primitive_bitwidth
+        first = by_access(first, WIDTH // 2)
+        second = by_access(second, WIDTH // 2)
+        for SECOND in tl.static_range(2):
+            joined = tl.join(first[SECOND], second[SECOND])
+            values = tl.reshape(joined, (joined.shape[0], joined.shape[1], WIDTH))
+            store(pointer, strides, accesses(pointer, part, body, SECOND), values)
 
 
 def interleaved_kernel(
@@ -108,23 +117,23 @@ def interleaved_kernel(
     """Like `pointwise_kernel`, with packed tensors after the others: two values of the formula each. At most one is written."""
     ROUND_TO_16_BIT: tl.constexpr = inputs[0].dtype.element_ty.primitive_bitwidth == 16
     N_INPUTS: tl.constexpr = len(inputs)
-    N_OUTPUTS: tl.constexpr = len(outputs)
+    LAST: tl.constexpr = len(outputs) - 1
     place = place_of(tl.program_id(0), n_matrices, n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
+    body = select_body(place, n_columns, BLOCK_COLUMNS, USE_INT64)
     for TAIL in tl.static_range(2):
         present, part = select_part(place, n_matrices, n_rows, n_columns, TAIL, BLOCK_ROWS, BLOCK_COLUMNS, USE_INT64)
-        pairs = select_pairs(place, n_columns, TAIL, BLOCK_COLUMNS, USE_INT64)
         if present:
             values = ()
             for i in tl.static_range(N_SINGLE_INPUTS):
                 values += (load(inputs[i], strides[i], part),)
             for i in tl.static_range(N_SINGLE_INPUTS, N_INPUTS):
-                values += load_pairs(inputs[i], strides[i], part, pairs)
+                values += load_pairs(inputs[i], strides[i], part, body, TAIL)
             results = FORMULA(*values, *constants, ROUND_TO_16_BIT)
             if N_SINGLE_OUTPUTS:
-                store(outputs[0], strides[N_INPUTS], part, results if N_OUTPUTS == 1 else results[0])
-            if N_SINGLE_OUTPUTS < N_OUTPUTS:
-                to_first, to_second = results[N_SINGLE_OUTPUTS], results[N_SINGLE_OUTPUTS + 1]
-                store_pairs(outputs[N_SINGLE_OUTPUTS], strides[N_INPUTS + N_SINGLE_OUTPUTS], part, pairs, to_first, to_second)
+                store(outputs[0], strides[N_INPUTS], part, results if LAST == 0 else results[0])
+            if N_SINGLE_OUTPUTS <= LAST:
+                to_first, to_second = results[LAST], results[LAST + 1]
+                store_pairs(outputs[LAST], strides[N_INPUTS + LAST], part, body, to_first, to_second, TAIL)
 
 
 @triton.jit
