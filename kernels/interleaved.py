@@ -41,7 +41,8 @@ def accesses(pointer, part, body, SECOND: tl.constexpr):
     WIDTH: tl.constexpr = ACCESS_BITS // pointer.dtype.element_ty.primitive_bitwidth
     matrix, rows, columns, row_mask, _, _ = part
     begin, end = body
-    starts = begin + WIDTH * (2 * tl.arange(0, columns.shape[1] // WIDTH) + SECOND)
+    threads = tl.arange(0, columns.shape[1] // WIDTH).to(begin.dtype)
+    starts = begin + WIDTH * (2 * threads + SECOND)
     packed_columns = starts[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
     mask = packed_columns < end
     return matrix, rows[:, :, None], packed_columns, row_mask[:, :, None], mask, row_mask[:, :, None] & mask

@@ -163,6 +163,15 @@ def test_no_offset_of_a_64_bit_sum_along_a_dimension_is_computed_in_32_bits(shap
     assert_no_offset_is_computed_in_32_bits(compile_launch(backward, inputs, outputs, TARGETS["sm_90"]))
 
 
+@pytest.mark.parametrize("shape", [(2**32,), (2**17, 2**15 + 22)], ids=str)
+def test_no_offset_of_more_than_two_to_the_31_interleaved_elements_is_computed_in_32_bits(shape):
+    packed = meta(*shape)[..., : shape[-1] - 8]
+    single = torch.empty_like(packed[..., ::2])
+    forward, backward, _ = interleaved.launchers(*GATES["swiglu"])
+    for launcher, inputs, outputs in ((forward, [packed], [single]), (backward, [single, packed], [packed])):
+        assert_no_offset_is_computed_in_32_bits(compile_launch(launcher, inputs, outputs, TARGETS["sm_90"]))
+
+
 def test_the_forward_arithmetic_is_atens():
     """nvcc compiles `one / (one + std::exp(-x))` to CUDA's expf with its last product fused into the sum, then rcp.rn.
 
