@@ -20,6 +20,7 @@ if not _typing.TYPE_CHECKING and not (_pathlib.Path(__file__).parent / "kernels"
 
 from . import diagnostics as diagnostics
 from . import functional as functional
+from . import layers as layers
 from . import nn as nn
 from .autograd import SigmoidFunction
 from .functional import (

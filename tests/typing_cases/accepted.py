@@ -55,6 +55,12 @@ assert_type(torch_sigmoid.BCEWithLogitsLoss(pos_weight=x, reduction="none")(x, x
 assert_type(torch_sigmoid.SigmoidFocalLoss(gamma=1.5, reduction="sum")(x, x), Tensor)
 assert_type(torch_sigmoid.SigLIPLoss(chunk_size=16)(x, x, 10.0), Tensor)
 
+# What Hugging Face's `kernels` asks of a layer and of a repository.
+repository = torch_sigmoid.layers.InstalledLayerRepository("SiLU")
+assert_type(repository.load(), type[torch.nn.Module])
+assert_type(torch_sigmoid.layers.SiLU.can_torch_compile, bool)
+torch_sigmoid.layers.MAPPING["SiLU"]["cuda"] = repository
+
 # What is handed through keeps its type.
 assert_type(torch_sigmoid.replace(model, save="input"), Model)
 assert_type(torch_sigmoid.replace(model).depth, int)

@@ -35,6 +35,7 @@ torch_sigmoid.BCEWithLogitsLoss()(x)  # call-arg
 torch_sigmoid.replace(x)  # type-var
 torch_sigmoid.restore(model).depth + "1"  # operator
 torch_sigmoid.debug()(1)  # type-var
+torch_sigmoid.layers.InstalledLayerRepository(1)  # arg-type
 print(torch_sigmoid.kernals)  # attr-defined
 GradientWatch(model, evry=2)  # call-arg
 GradientWatch(model).attach().reprot()  # attr-defined

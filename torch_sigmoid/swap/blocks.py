@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operators import OPERATORS
-from .forms import Form, activations, forms
+from .forms import BY_HAND, Form, activations, forms
 from .gates import GATED
-from .trees import Function, Match, Rewrite, innermost, match, remembered
+from .trees import Function, Match, Rewrite, called_by, innermost, match, remembered, tree_of
 
 Type = type[torch.nn.Module]
 
@@ -140,7 +140,11 @@ def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
 @remembered
 def _forms_at(module_type: Type, registered: int) -> tuple[Form, ...]:
     del registered  # a key: what is known changes with it
-    return tuple(form for form in forms() if form.knows(module_type))
+    known = [form for form in forms() if form.knows(module_type)]
+    # The same text may be known of several libraries.
+    library = module_type.__module__.split(".")[0]
+    known.sort(key=lambda form: form.library not in (library, BY_HAND))
+    return tuple({(form.method, form.activation): form for form in reversed(known)}.values())
 
 
 def _forms_of(module_type: Type) -> tuple[Form, ...]:
@@ -231,10 +235,13 @@ def _whose(function: Any) -> str:
 
 
 def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
-    """A word where the block looks like one of ours, or calls itself one of them."""
+    """A word where the block looks like one of ours: by the names of its children, or by a gate in its forward."""
     children = {name for name, _ in block.named_children()} | set(block._parameters)
-    has_gate = any(kind_of(child) in GATED for child in block.children())
-    if (has_gate and any(names <= children for names in _CHILDREN_OF_GATED)) or _looks_gated(module_type, block):
+    named_alike = any(names <= children for names in _CHILDREN_OF_GATED)
+    if named_alike and tree_of(module_type.forward) is None:
+        return "the source of its forward cannot be read"
+    gates = any(kind_of(child) in GATED for child in block.children()) or bool(called_by(module_type.forward))
+    if (gates and named_alike) or _looks_gated(module_type, block):
         return "its forward is no known form; register(Form(...)) adds one"
     return None
 

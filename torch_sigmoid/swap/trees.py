@@ -158,7 +158,7 @@ class _Matcher:
             if _stands_for_any(pattern.id):
                 return self._binds(pattern.id, node, bound)
             if pattern.id in FUNCTIONS:
-                return FUNCTIONS[pattern.id](self._resolved(node))
+                return FUNCTIONS[pattern.id](self.resolved(node))
         if type(pattern) is not type(node):
             return False
         if not isinstance(pattern, ast.AST):
@@ -179,7 +179,7 @@ class _Matcher:
         bound[name] = value
         return True
 
-    def _resolved(self, node: ast.AST) -> Any:
+    def resolved(self, node: ast.AST) -> Any:
         """The object that a dotted name of globals stands for."""
         path = []
         while isinstance(node, ast.Attribute):
@@ -249,6 +249,17 @@ def _places(
                     bound = {}
                     if matcher.matches(pattern, value[start : start + len(pattern)], bound):
                         yield node, field, slice(start, start + len(pattern)), bound
+
+
+@remembered
+def called_by(function: Function) -> frozenset[str]:
+    """Which of FUNCTIONS a function calls."""
+    definition = tree_of(function)
+    if definition is None:
+        return frozenset()
+    matcher = _Matcher(_scope(function))
+    called = [matcher.resolved(node.func) for node in ast.walk(definition) if isinstance(node, ast.Call)]
+    return frozenset(name for name, is_it in FUNCTIONS.items() if any(map(is_it, called)))
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class Activation:
         )
 
 
+# The library of code that is nobody's in particular.
+BY_HAND = "written by hand"
 _registered: list[Form] = []
 
 
