@@ -4,7 +4,9 @@ The same model written with torch's layers is watched beside it; its activation 
 """
 
 import copy
+import io
 import math
+import re
 
 import pytest
 import torch
@@ -89,6 +91,29 @@ def test_what_leaves_is_the_gradient_of_the_gate_alone(device):
         to_gate, _ = torch.autograd.grad(model[0](gate * 1, up * 1), (gate, up), grad)
     assert seen(watch)["leaving"] == pytest.approx(to_gate.double().norm().item(), rel=1e-6)
     assert seen(watch)["entering"] == pytest.approx(grad.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_small_gradient_of_a_gate_is_no_sign_that_gradients_vanish(gated, device):
+    """It goes on by the operand. The same numbers of an activation alone are a sign."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch_sigmoid.SigmoidGate() if gated else torch_sigmoid.Sigmoid(save="input")
+
+        def forward(self, x):
+            return self.gate(x, x + 20) if gated else self.gate(x + 20)
+
+    out = io.StringIO()
+    model = nn.Sequential(Block(), Block())
+    with GradientWatch(model) as watch:
+        model(random((4, 5), torch.float32, device).requires_grad_() * 1).sum().backward()
+    watch.report(file=out)
+    assert ("VANISHED" in out.getvalue()) != gated
+    assert seen(watch, "1.gate")["attenuation"] < 1e-4
+    last = re.search(r"1\.gate.*", out.getvalue())[0]
+    assert bool(re.search(r"–\W*$", last)) == gated
 
 
 def case(name, device):

@@ -75,10 +75,11 @@ def known(module: torch.nn.Module) -> Known:
 
 
 class Call(NamedTuple):
-    """What is known of a call, and what it applies its activation to."""
+    """What is known of a call, what it applies its activation to, and whether it multiplies another tensor with that."""
 
     known: Known
     gate: Gate
+    has_operand: bool
 
     @property
     def x(self) -> Tensor:
@@ -103,7 +104,7 @@ def call_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if gate is None or not gate.x.numel():
         return None
     about = known(layer)
-    return Call(about._replace(lost_when=_lost_when(about, layer, gate.x)), gate)
+    return Call(about._replace(lost_when=_lost_when(about, layer, gate.x)), gate, len(args) + len(kwargs) > 1)
 
 
 class Layer(NamedTuple):

@@ -112,6 +112,8 @@ class GradientWatch:
         self._layers = layers.find(model, modules)
         self._totals = totals.Totals(len(self._layers), history)
         self._reader = gradients.Reader(self._totals)
+        # Indices of layers that were called with a gate and another tensor.
+        self._with_operand: set[int] = set()
         self._handles: list[RemovableHandle] = []
         # Whether an optimizer holds a parameter of the model, and how many groups it had when it was asked.
         self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
@@ -220,6 +222,8 @@ class GradientWatch:
         return pending
 
     def _add_input(self, layer: Layer, call: layers.Call) -> None:
+        if call.has_operand:
+            self._with_operand.add(layer.index)
         x, (kind, scale, lost_when) = call.x, call.known
         assert kind is not None, "call_of gives no call of an unknown module"
         limits = statistics.bounds(kind, lost_when, x.dtype, self.threshold, x.device, scale)
@@ -280,7 +284,8 @@ class GradientWatch:
         rows, seen = rows[-(last or 0) :], totals.merged_rows(seen[-(last or 0) :])
         found = []
         for layer, (dead, units) in zip(self._layers, self._totals.dead_units(self.dead_after)):
-            about = {"name": layer.name, "type": layer.type_name, "kind": layer.known.kind}
+            about: dict[str, Any] = {"name": layer.name, "type": layer.type_name, "kind": layer.known.kind}
+            about["has_operand"] = layer.index in self._with_operand
             found.append(about | totals.derived(seen[layer.index]) | {"dead_units": dead, "units": units})
         report.write(found, rows, file, every=self.every, threshold=self.threshold, dead_after=self.dead_after)
 
