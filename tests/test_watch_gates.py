@@ -116,6 +116,9 @@ def test_a_small_gradient_of_a_gate_is_no_sign_that_gradients_vanish(gated, devi
     assert bool(re.search(r"–\W*$", last)) == gated
 
 
+CASES = "swiglu", "alpha", "clamped", "packed", "packed, clamped", "interleaved", "sigmoid gate", "broadcast"
+
+
 def case(name, device):
     """A layer, its inputs, its gate among them, alpha and limit."""
 
@@ -129,12 +132,13 @@ def case(name, device):
         "clamped": (torch_sigmoid.SwiGLU(alpha=1.702, limit=2.0, up_offset=1.0), (gate, other), gate, 1.702, 2.0),
         "packed": (torch_sigmoid.SwiGLUPacked(1), (packed,), packed[:, :4], 1.0, None),
         "packed, clamped": (torch_sigmoid.SwiGLUPacked(-2, limit=2.0), (packed,), packed[:, :4], 1.0, 2.0),
+        "interleaved": (torch_sigmoid.SwiGLUPacked(1, interleaved=True, limit=2.0), (packed,), packed[:, ::2], 1.0, 2.0),
         "sigmoid gate": (torch_sigmoid.SigmoidGate(), (other, gate), gate, None, None),
         "broadcast": (torch_sigmoid.SigmoidGate(), (make(3, 4, 5, 6), gate[:3, :4, None, None]), gate[:3, :4], None, None),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["swiglu", "alpha", "clamped", "packed", "packed, clamped", "sigmoid gate", "broadcast"])
+@pytest.mark.parametrize("name", CASES)
 def test_layers_with_gates_have_the_statistics_of_float64(name, device):
     layer, inputs, gate, alpha, limit = case(name, device)
     inputs = [each.clone().requires_grad_() for each in inputs]
@@ -166,6 +170,19 @@ def test_packed_gates_of_replaced_activations(device):
         slopes = exact_derivative(kind(), packed.detach().chunk(2, -1)[index].double().cpu()).abs()
         assert seen(watch)["mean_derivative"] == pytest.approx(slopes.mean().item(), rel=1e-5)
         assert seen(watch)["leaving"] == pytest.approx(packed.grad.double().norm().item(), rel=1e-6)
+
+
+def test_an_inline_gate_takes_its_options_from_the_call(device):
+    """As GPT-OSS has it, fused: pairs, alpha and a limit."""
+    model = nn.Sequential(torch_sigmoid.swap.gates.FusedGate("swiglu_packed"))
+    packed = random((6, 10), torch.float32, device, scale=6.0)
+    with GradientWatch(model) as watch:
+        model[0](packed.requires_grad_() * 1, interleaved=True, alpha=1.702, limit=2.0, up_offset=1.0).sum().backward()
+    x = packed.detach()[:, ::2].double().cpu()
+    slopes = torch.where(x > 2, 0.0, exact_derivative(nn.SiLU(), 1.702 * x).abs())
+    assert seen(watch)["mean_derivative"] == pytest.approx(slopes.mean().item(), rel=1e-5)
+    assert seen(watch)["saturated"] == (slopes < 0.01).double().mean().item() > 0
+    assert seen(watch)["leaving"] == pytest.approx(packed.grad.double().norm().item(), rel=1e-6)
 
 
 def test_a_gated_sigmoid_loses_to_rounding_only_alone(device):

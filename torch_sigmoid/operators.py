@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,10 @@ def swiglu_packed(packed: Tensor) -> Tensor:
     return swiglu(*packed.chunk(2, -1))
 
 
+def swiglu_interleaved(packed: Tensor) -> Tensor:
+    return swiglu(packed[..., ::2], packed[..., 1::2])
+
+
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
     return gate * torch.sigmoid(ALPHA * gate) * (up + UP_OFFSET)
@@ -169,8 +173,8 @@ def alpha_of(module: torch.nn.Module) -> float:
     return cast(nn.SwiGLU, module).alpha
 
 
-def gate_of_packed(module: Any, packed: Tensor) -> Gate | None:
-    gate = Gate.packed(packed, module.dim, 0, getattr(module, "interleaved", False))
+def gate_of_packed(module: nn.SwiGLUPacked, packed: Tensor) -> Gate | None:
+    gate = Gate.packed(packed, module.dim, 0, module.interleaved)
     return gate and gate.below(module.limit)
 
 
@@ -289,7 +293,15 @@ OPERATORS: dict[str, Row] = {
     ),
     "swiglu_packed": Row(
         "gates",
-        {"": Case("silu(a)·b", ours.swiglu_packed, swiglu_packed, packed)},
+        {
+            "": Case("silu(a)·b", ours.swiglu_packed, swiglu_packed, packed),
+            "interleaved": Case(
+                "silu(a)·b, a and b alternating",
+                functools.partial(ours.swiglu_packed, interleaved=True),
+                swiglu_interleaved,
+                packed,
+            ),
+        },
         nn.SwiGLUPacked,
         watched=Watched("silu", "never", scale=alpha_of, gate=gate_of_packed),
     ),

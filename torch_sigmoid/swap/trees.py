@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -36,8 +37,7 @@ def _is_one_of(*functions: Function) -> Callable[[Any], bool]:
 
 def _has_fingerprint(expected: str) -> Callable[[Any], bool]:
     def has(called: Any) -> bool:
-        tree = tree_of(called) if isinstance(called, types.FunctionType) else None
-        return tree is not None and fingerprint(tree) == expected
+        return isinstance(called, types.FunctionType) and fingerprint_of(called) == expected
 
     return has
 
@@ -119,6 +119,18 @@ def fingerprint(definition: ast.FunctionDef) -> str:
         return type(node).__name__ + "(" + ",".join(f"{name}={described(value)}" for name, value in fields) + ")"
 
     return hashlib.sha256(described(definition).encode()).hexdigest()[:16]
+
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+
+
+@remembered
+def fingerprint_of(function: "Function | str") -> str | None:
+    """The fingerprint of a function or of a text; None where there is no source."""
+    if isinstance(function, str) and _FINGERPRINT.fullmatch(function):
+        return function
+    tree = tree_of(function)
+    return None if tree is None else fingerprint(tree)
 
 
 @dataclass(frozen=True)
