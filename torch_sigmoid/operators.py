@@ -421,8 +421,7 @@ def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callab
     """Each function or layer to call, with the case that makes its operands."""
     for operator in operators:
         if isinstance(operator, torch.nn.Module):
-            rows = {row.module: row for row in OPERATORS.values()}
-            found = [(module, rows[type(module)].cases[""]) for module in operator.modules() if type(module) in rows]
+            found = [pair for module in operator.modules() for pair in _calls_of(module)]
             if not found:
                 raise ValueError(f"warmup(): {type(operator).__name__} has no layer of this package; call replace first?")
             yield from found
@@ -435,6 +434,17 @@ def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callab
                 yield case.function, case
         else:
             raise TypeError(f"warmup(): operators must be names or modules, got {operator!r}")
+
+
+def _calls_of(module: torch.nn.Module) -> Iterator[tuple[Callable[..., Tensor], Case]]:
+    """What a module calls, if it is a layer of this package, or if `replace` has fused a gate in it."""
+    for row in OPERATORS.values():
+        if type(module) is row.module:
+            yield module, row.cases[""]
+    for holder in (module, *vars(module).values()):
+        for name in getattr(holder, "operators", ()) if isinstance(holder, torch.nn.Module) else ():
+            for case in OPERATORS[name].cases.values():
+                yield case.function, case
 
 
 def _run_once(function: Callable[..., Tensor], case: Case, device: torch.device, dtype: torch.dtype) -> None:

@@ -21,6 +21,9 @@ Call = tuple[torch.nn.Module, tuple[Tensor, ...]]
 class GatedSiLU(nn.SiLU):
     """silu(gate)·up, called with both or with the packed tensor that they are the halves of; of one tensor it is silu."""
 
+    # For `warmup`.
+    operators = "silu", "swiglu", "swiglu_packed"
+
     def forward(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
             return ours.swiglu_packed(input, packed_dim)
@@ -35,6 +38,8 @@ class GatedSiLU(nn.SiLU):
 
 class GatedSigmoid(nn.Sigmoid):
     """operand·σ(gate), called with gate and operand or with a packed tensor, its halves operand and gate; of one tensor σ."""
+
+    operators = "sigmoid", "sigmoid_gate", "glu"
 
     def forward(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
@@ -57,6 +62,10 @@ class FusedGate(torch.nn.Module):
     def __init__(self, function: str) -> None:
         super().__init__()
         self.function = function
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return ("sigmoid_focal_loss" if self.function == "detr_focal_loss" else self.function,)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return _FUNCTIONS[self.function](*args, **options)
