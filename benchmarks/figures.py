@@ -201,11 +201,12 @@ def pairs_lines(pairs: dict) -> list[dict]:
 def models_lines(models: dict) -> list[dict]:
     def line(row):
         name = f"{row['library']}: {row['model']}"
-        kept = {}
+        difference = f"{row['loss difference']:.1e}" if row["loss difference"] else "0"
+        kept = {"kept": "", "saved": ""}
         if "saved" in row:
             before, after = (f"{row[f'bytes kept, {whose}'] / 2**20:.2f}" for whose in ("torch", "ours"))
             kept = {"kept": f"{before} → {after}", "saved": f"{100 * row['saved']:.1f} %"}
-        return {"kept": "", "saved": ""} | row | kept | {"name": name}
+        return row | kept | {"name": name, "difference": difference}
 
     return [line(row) for row in models["rows"]]
 
@@ -287,7 +288,7 @@ TABLES = {
         "models/models",
         "model | became ours | largest relative loss difference | MiB kept for backward, torch → ours | saved "
         "| time of a step ÷ torch's",
-        "{name} | {became ours} | {loss difference:.1e} | {kept} | {saved} | {time / torch:.2f}",
+        "{name} | {became ours} | {difference} | {kept} | {saved} | {time / torch:.2f}",
         "{steps} AdamW steps each, in fp32; transformers {environment[transformers]}, timm {environment[timm]}, "
         "torchvision {environment[torchvision]}, diffusers {environment[diffusers]}, open_clip {environment[open_clip]}: "
         "{source}",

@@ -243,7 +243,7 @@ def of_boxes(model: nn.Module) -> Tensor:
 class Pyramid(nn.Module):
     """A backbone of a detector, with two levels: of 4 × 4 and 2 × 2 positions for an image of 64 × 64 pixels.
 
-    A ResNet's thousands of random ReLUs make a training chaotic: in fp32 torch's own is as far from fp64 as ours from torch's.
+    Through a random ResNet, torch's own losses in fp32 drift from those in fp64 as far as ours from torch's.
     """
 
     out_channels = 64
