@@ -3,7 +3,7 @@
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -42,6 +42,16 @@ class Original(NamedTuple):
     form: str = ""
     library: str = ""
     versions: str = ""
+    save: str | None = None
+
+
+def record_of(module: torch.nn.Module) -> Original | None:
+    """What a module was before `replace`; None where it was not replaced, or its block was loaded unfused."""
+    record = module.__dict__.get(RECORD)
+    if record is None or (record.form and not issubclass(bare(type(module)), Fused)):
+        return None
+    assert isinstance(record, Original)
+    return record
 
 
 # fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise.
@@ -65,13 +75,24 @@ def bare(module_type: Type) -> Type:
     return module_type
 
 
-@remembered
+# The class of torch.distributed that a class of `_wrapped_like` was made of.
+_wrapped_first: dict[Type, Type] = {}
+
+
 def _wrapped_like(wrapped: Type, new: Type) -> Type:
-    """The class of `wrapped` on top of `new`."""
+    """The class of `wrapped` on top of `new`; on top of what it was on first, the very class that it was."""
+    first = _wrapped_first.get(wrapped, wrapped)
+    return first if new is bare(first) else _made_like(first, new)
+
+
+@remembered
+def _made_like(wrapped: Type, new: Type) -> Type:
     below = wrapped.__bases__[1]
     base = new if below is bare(wrapped) else _wrapped_like(below, new)
     names = {name: value for name, value in vars(wrapped).items() if name not in ("__dict__", "__weakref__")}
-    return type(wrapped.__name__, (wrapped.__bases__[0], base), names)
+    made = type(wrapped.__name__, (wrapped.__bases__[0], base), names)
+    _wrapped_first[made] = wrapped
+    return made
 
 
 def set_bare_type(module: torch.nn.Module, new: Type) -> None:
@@ -90,7 +111,7 @@ def kind_of(module: object) -> str | None:
     return _kind_of_type(bare(type(module)))
 
 
-@remembered
+# Not remembered: somebody may put another forward on a class at any time.
 def _kind_of_type(module_type: Type) -> str | None:
     if kind := KINDS.get(module_type) or _KINDS_OF_OURS.get(module_type):
         return kind
@@ -117,7 +138,9 @@ class Fused:
     _fused_by: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (self._fused_from, self._fused_by), self.__dict__
+        # The state is what the class itself says: it may have a __getstate__ of its own.
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
+        return _rebuilt, (self._fused_from, self._fused_by), *state
 
     def _get_name(self) -> str:
         return f"{type(self).__name__}, fused"
@@ -137,19 +160,15 @@ def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
     return module
 
 
-@remembered
-def _forms_at(module_type: Type, registered: int) -> tuple[Form, ...]:
-    del registered  # a key: what is known changes with it
+def _forms_of(module_type: Type) -> tuple[Form, ...]:
     return tuple(form for form in forms() if form.knows(module_type))
 
 
-def _forms_of(module_type: Type) -> tuple[Form, ...]:
-    return _forms_at(module_type, hash(forms()))
+_match = remembered(match)
 
 
-@remembered
 def _match_of(form: Form, function: Function) -> Match | None:
-    return next(filter(None, (match(function, rewrite) for rewrite in form.rewrites)), None)
+    return next(filter(None, (_match(function, rewrite) for rewrite in form.rewrites)), None)
 
 
 def activation_of(form: Form, module_type: Type) -> str | None:
@@ -161,15 +180,19 @@ def activation_of(form: Form, module_type: Type) -> str | None:
     return name if isinstance(name, str) else None
 
 
-@remembered
 def fused_type(module_type: Type, chosen: tuple[Form, ...]) -> Type:
     """The class of a block with the methods of these forms."""
+    return _fused_type(module_type, chosen, tuple(getattr(module_type, form.method) for form in chosen))
+
+
+@remembered
+def _fused_type(module_type: Type, chosen: tuple[Form, ...], originals: tuple[Function, ...]) -> Type:
     methods: dict[str, Any] = {}
-    for form in chosen:
+    for form, original in zip(chosen, originals):
         if form.forward is not None:
             methods[form.method] = form.forward
         else:
-            found = _match_of(form, getattr(module_type, form.method))
+            found = _match_of(form, original)
             assert found is not None
             methods[form.method] = found.written(hidden_name(form))
     names: dict[str, Any] = {
@@ -203,7 +226,7 @@ def plan(block: torch.nn.Module) -> Plan:
     known = _forms_of(module_type)
     if not known:
         return Plan(reason=_why_unknown(block, module_type))
-    if name := has_own_methods(block, tuple(form.method for form in known)):
+    if name := has_own_methods(block, tuple(name for form in known for name in form.methods)):
         return Plan(reason=f"its {name} was replaced by {_whose(block.__dict__[name])}")
     chosen: list[Form] = []
     gated: list[torch.nn.Module] = []
@@ -211,18 +234,25 @@ def plan(block: torch.nn.Module) -> Plan:
     for form in known:
         attribute = activation_of(form, module_type)
         if form.activation is not None:
-            activation = getattr(block, attribute or "", None)
-            kind = kind_of(activation)
-            if activation is None or kind != form.activation:
+            if attribute is None:
+                reason = _unmatched(form)
+                continue
+            activation = getattr(block, attribute, None)
+            if not isinstance(activation, torch.nn.Module) or kind_of(activation) != form.activation:
                 continue
             if has_hooks(activation):
                 reason = f"{attribute} has hooks, which would see other tensors in a fused gate"
                 continue
             gated.append(activation)
         elif form.rewrites and _match_of(form, getattr(module_type, form.method)) is None:
+            reason = _unmatched(form)
             continue
         chosen.append(form)
     return Plan(tuple(chosen), tuple(gated), None if chosen else reason)
+
+
+def _unmatched(form: Form) -> str:
+    return f"no rewrite of {form.name!r} fits its {form.method}: it calls other functions than the known one, or is decorated"
 
 
 def _whose(function: Any) -> str:
@@ -241,18 +271,13 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
 
 def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
     for rewrite in _LOOKS_GATED:
-        found = _generic_match(module_type, rewrite)
+        found = _match(module_type.forward, rewrite)
         if found is None:
             continue
         activation = found.bound.get("ACT")
         if not isinstance(activation, str) or kind_of(getattr(block, activation, None)) in GATED:
             return True
     return False
-
-
-@remembered
-def _generic_match(module_type: Type, rewrite: Rewrite) -> Match | None:
-    return match(module_type.forward, rewrite)
 
 
 def changed_activation(module: torch.nn.Module) -> bool:

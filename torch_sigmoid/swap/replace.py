@@ -1,5 +1,6 @@
 """Ours in place of what a model is made of: its activations, gated blocks and losses."""
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .blocks import (
     hidden_name,
     kind_of,
     plan,
+    record_of,
     set_bare_type,
 )
 from .gates import GATED, FusedGate
@@ -74,7 +76,7 @@ def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Mode
             gated |= _fuse(block)
     for module in modules:
         _replace_activation(module, save, id(module) in gated)
-    if not any(RECORD in module.__dict__ or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
+    if not any(record_of(module) or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
         warnings.warn(_nothing(model, modules), stacklevel=2)
     return model
 
@@ -111,11 +113,12 @@ def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> Non
     ours = GATED[kind] if gated else OURS[kind]
     foreign = not issubclass(module_type, ours) and not is_ours(module)
     if kind == "sigmoid" and save == "input" and getattr(module, "inplace", False):
-        return
+        if not gated:
+            return
+        save = "output"
     if foreign or (gated and module_type is not ours):
-        before = module.__dict__.get(RECORD)
-        original = before.type if isinstance(before, Original) else module_type
-        module.__dict__[RECORD] = Original(original, f"{kind}, gated" if gated else kind)
+        before = module.__dict__.get(RECORD) or Original(module_type, kind, save=module.__dict__.get("save"))
+        module.__dict__[RECORD] = before._replace(became=f"{kind}, gated" if gated else kind)
         set_bare_type(module, ours)
     if isinstance(module, nn.Sigmoid) and RECORD in module.__dict__:
         module.save = save
@@ -138,11 +141,30 @@ def restore(model: _Model) -> _Model:
         original = module.__dict__.pop(RECORD, None)
         if original is None:
             continue
-        module.__dict__.pop("save", None)
+        if issubclass(bare(type(module)), nn.Sigmoid):
+            module.__dict__.pop("save", None)
+            module.__dict__ |= {"save": original.save} if original.save else {}
         for name in [name for name in module.__dict__ if name.startswith("_fused_")]:
             del module.__dict__[name]
         set_bare_type(module, original.type)
     return model
+
+
+@contextlib.contextmanager
+def restored(model: torch.nn.Module) -> Iterator[None]:
+    """`model` as it was before `replace`; afterwards each module is again what it is now."""
+    before = [(module, type(module), dict(module.__dict__)) for module in _modules(model, "restored")]
+    changed = []
+    try:
+        restore(model)
+        for module, module_type, attributes in before:
+            kept = {name: value for name, value in attributes.items() if module.__dict__.get(name, module) is not value}
+            changed.append((module, module_type, kept))
+        yield
+    finally:
+        for module, module_type, kept in changed:
+            module.__class__ = module_type
+            module.__dict__.update(kept)
 
 
 def _modules(model: torch.nn.Module, caller: str) -> Iterator[torch.nn.Module]:

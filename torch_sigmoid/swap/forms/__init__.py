@@ -56,6 +56,7 @@ class Form:
         gate: with `forward`, the attribute that holds the activation.
 
     Raises:
+        TypeError: `known`, `rewrites` or `besides` is not a tuple.
         ValueError: nothing is known, or there is neither a rewrite nor a method in its place.
     """
 
@@ -72,6 +73,9 @@ class Form:
     gate: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("known", "rewrites", "besides"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"Form({self.name!r}): {name} must be a tuple, got {type(getattr(self, name)).__name__}")
         if not self.known:
             raise ValueError(f"Form({self.name!r}): known must hold at least one method, got none")
         if bool(self.rewrites) == (self.forward is not None):
@@ -83,6 +87,11 @@ class Form:
     @functools.cached_property
     def fingerprints(self) -> frozenset[str]:
         return _fingerprints(self.known, f"Form({self.name!r})")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that must be known."""
+        return self.method, *(name for name, _ in self.besides)
 
     def knows(self, module_type: type[Any]) -> bool:
         """Whether the methods of this type are known."""
