@@ -123,7 +123,8 @@ TEXTS = (
     "def f(self, x, *, dim: int = -1, **kw):\n    return x[..., ::2].sum(dim=dim, **kw)",
     "def f(self, x):\n    raise ValueError(f'got {x.shape} and {x!r:>10}, ' 'expected ' f'{self.n}')",
     "def f(self, x, /, y=None):\n    a, *b = x\n    return [each if each else (lambda z: z)(y) for each in b], {**a, 'b': b}",
-    "def f(self, x):\n    with torch.no_grad(), self.scope as s:\n        s[0], s[x:, 1] = x, None\n    del s\n    return -x ** 2 < 1 < x",
+    "def f(self, x):\n    with torch.no_grad(), self.scope as s:\n        s[0], s[x:, 1] = x, None\n    del s\n"
+    "    return -x ** 2 < 1 < x",
     "def f(self, x):\n    def inner(y: int) -> int:\n        'doc'\n        return y\n    try:\n        x = (n := inner(x))\n"
     "    except* ValueError as e:\n        pass\n    return n",
 )
@@ -216,7 +217,7 @@ HALVES_LOST = {
     "read after": "gate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn y + gate",
     "an argument, read after": "x, gate = x.chunk(2, dim=-1)\ny = self.act(x) * gate\nreturn y + x",
     "assigned before too": "gate = 0\ngate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn y + gate",
-    "read in the next turn": "for _ in x:\n    z = gate\n    gate, up = x.chunk(2, dim=-1)\n    y = self.act(gate) * up\nreturn y",
+    "read in the next turn": "for z in x:\n    z = gate\n    gate, up = x.chunk(2, dim=0)\n    y = self.act(gate) * up\nreturn y",
     "read by a function within": "z = lambda: gate\ngate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn z()",
 }
 HALVES_KEPT = {

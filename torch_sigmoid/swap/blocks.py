@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..operators import OPERATORS
-from .forms import Form, activations, forms
+from .forms import LIBRARIES, Form, activations, forms
 from .gates import GATED
 from .trees import Function, Match, Rewrite, innermost, match, remembered
 
@@ -148,7 +148,7 @@ class Fused:
 
 def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
     """An empty module of the fused class; of its own class where that is not known any more."""
-    known = tuple(form for form in _forms_of(module_type) if form.name in names)
+    known = tuple({form.method: form for form in reversed(_forms_of(module_type)) if form.name in names}.values())
     if len({form.name for form in known}) < len(set(names)):
         warnings.warn(
             f"{module_type.__name__} was fused by torch_sigmoid when it was saved, and its code has changed since: it is "
@@ -161,7 +161,10 @@ def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
 
 
 def _forms_of(module_type: Type) -> tuple[Form, ...]:
-    return tuple(form for form in forms() if form.knows(module_type))
+    """What is known of a class; what its own library has comes before what another writes alike."""
+    package = module_type.__module__.partition(".")[0]
+    known = [form for form in forms() if form.knows(module_type)]
+    return tuple(sorted(known, key=lambda form: form.library in LIBRARIES and form.library != package))
 
 
 _match = remembered(match)
@@ -232,6 +235,8 @@ def plan(block: torch.nn.Module) -> Plan:
     gated: list[torch.nn.Module] = []
     reason = None
     for form in known:
+        if any(form.method == other.method for other in chosen):
+            continue
         attribute = activation_of(form, module_type)
         if form.activation is not None:
             if attribute is None:
@@ -262,7 +267,7 @@ def _whose(function: Any) -> str:
 
 def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
     """A word where the block looks like one of ours, or calls itself one of them."""
-    children = {name for name, _ in block.named_children()} | set(block._parameters)
+    children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
     has_gate = any(kind_of(child) in GATED for child in block.children())
     if (has_gate and any(names <= children for names in _CHILDREN_OF_GATED)) or _looks_gated(module_type, block):
         return "its forward is no known form; register(Form(...)) adds one"
@@ -270,8 +275,10 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
 
 
 def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
-    for rewrite in _LOOKS_GATED:
-        found = _match(module_type.forward, rewrite)
+    # A class of TorchScript has a forward on its instances only.
+    function = getattr(module_type, "forward", None)
+    for rewrite in _LOOKS_GATED if function else ():
+        found = _match(function, rewrite)
         if found is None:
             continue
         activation = found.bound.get("ACT")

@@ -130,8 +130,13 @@ class Rewrite:
     find: str
     put: str
 
+    @property
+    def capitals(self) -> set[str]:
+        """The names in capitals that are put."""
+        return _capitals(ast.parse(self.put))
+
     def __post_init__(self) -> None:
-        missing = _capitals(ast.parse(self.put)) - _capitals(ast.parse(self.find)) - {"FUSED"}
+        missing = self.capitals - _capitals(ast.parse(self.find)) - {"FUSED"}
         if missing:
             raise ValueError(f"Rewrite(): put uses {', '.join(sorted(missing))}, which find does not bind")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..gates import FUNCTIONS
 from ..trees import Function, Rewrite, fingerprint, remembered, tree_of
 
 Known = tuple["str | Function", ...]
@@ -57,7 +58,8 @@ class Form:
 
     Raises:
         TypeError: `known`, `rewrites` or `besides` is not a tuple.
-        ValueError: nothing is known, or there is neither a rewrite nor a method in its place.
+        ValueError: nothing is known, there is neither a rewrite nor a method in its place, or a rewrite puts `self.FUSED` or
+            `self.ACT` without `fused` or `activation`.
     """
 
     name: str
@@ -80,6 +82,11 @@ class Form:
             raise ValueError(f"Form({self.name!r}): known must hold at least one method, got none")
         if bool(self.rewrites) == (self.forward is not None):
             raise ValueError(f"Form({self.name!r}): expected either rewrites or a forward")
+        if self.fused is not None and self.fused not in FUNCTIONS:
+            raise ValueError(f"Form({self.name!r}): fused must be one of {', '.join(FUNCTIONS)}, got {self.fused!r}")
+        for name, argument in (("FUSED", "fused"), ("ACT", "activation")):
+            if getattr(self, argument) is None and any(name in rewrite.capitals for rewrite in self.rewrites):
+                raise ValueError(f"Form({self.name!r}): a rewrite puts self.{name}; expected {argument} to say what that is")
         if self.activation not in (None, "silu", "sigmoid"):
             raise ValueError(f"Form({self.name!r}): activation must be 'silu', 'sigmoid' or None, got {self.activation!r}")
         _ = self.fingerprints
@@ -125,6 +132,7 @@ class Activation:
         )
 
 
+LIBRARIES = "transformers", "timm", "torchvision", "diffusers", "open_clip"
 _registered: list[Form] = []
 
 
