@@ -217,7 +217,7 @@ HALVES_LOST = {
     "read after": "gate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn y + gate",
     "an argument, read after": "x, gate = x.chunk(2, dim=-1)\ny = self.act(x) * gate\nreturn y + x",
     "assigned before too": "gate = 0\ngate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn y + gate",
-    "read in the next turn": "for z in x:\n    z = gate\n    gate, up = x.chunk(2, dim=0)\n    y = self.act(gate) * up\nreturn y",
+    "read in the next turn": "for z in x:\n    z = gate\n    gate, up = x.chunk(2, dim=0)\n    y = self.act(gate) * up\n",
     "read by a function within": "z = lambda: gate\ngate, up = x.chunk(2, dim=-1)\ny = self.act(gate) * up\nreturn z()",
 }
 HALVES_KEPT = {

@@ -108,11 +108,12 @@ def kind_of(module: object) -> str | None:
     """The operator that a module is, if it is known to be one, whoever's class it has."""
     if not isinstance(module, torch.nn.Module) or has_own_methods(module, ("forward",)):
         return None
-    return _kind_of_type(bare(type(module)))
+    return kind_of_type(bare(type(module)))
 
 
 # Not remembered: somebody may put another forward on a class at any time.
-def _kind_of_type(module_type: Type) -> str | None:
+def kind_of_type(module_type: Type) -> str | None:
+    """The operator that the modules of a class are, where nobody has put something on the instance."""
     if kind := KINDS.get(module_type) or _KINDS_OF_OURS.get(module_type):
         return kind
     return next((each.kind for each in activations() if each.knows(module_type)), None)
@@ -277,8 +278,8 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
 def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
     # A class of TorchScript has a forward on its instances only.
     function = getattr(module_type, "forward", None)
-    for rewrite in _LOOKS_GATED if function else ():
-        found = _match(function, rewrite)
+    for rewrite in _LOOKS_GATED:
+        found = _match(function, rewrite) if function else None
         if found is None:
             continue
         activation = found.bound.get("ACT")

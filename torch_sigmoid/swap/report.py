@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import criteria
-from .blocks import bare, changed_activation, has_own_methods, kind_of, plan, record_of
+from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, plan, record_of
 from .replace import is_ours, restored
 
 
@@ -155,7 +155,9 @@ def _why_left(module: torch.nn.Module) -> str | None:
     if changed_activation(module):
         return "its forward is not the one that is known of this class"
     if function := has_own_methods(module, ("forward",)):
-        return plan(module).reason or (f"its {function} was replaced on the instance" if kind_of_class(module) else None)
+        return plan(module).reason or (
+            f"its {function} was replaced on the instance" if kind_of_type(bare(type(module))) else None
+        )
     if kind_of(module) == "sigmoid":
         return (
             'its inplace=True overwrites the input that save="input" keeps'
@@ -166,13 +168,6 @@ def _why_left(module: torch.nn.Module) -> str | None:
         return "not replaced yet"
     planned = plan(module)
     return "not replaced yet" if planned.forms else planned.reason
-
-
-def kind_of_class(module: torch.nn.Module) -> str | None:
-    """What a module would be without what was put on the instance."""
-    copy = object.__new__(bare(type(module)))
-    copy.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
-    return kind_of(copy)
 
 
 def _saved_bytes_both_ways(model: torch.nn.Module, forward: Callable[[], object]) -> tuple[int, int]:
