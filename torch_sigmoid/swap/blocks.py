@@ -270,6 +270,10 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
     """A word where the block looks like one of ours, or calls itself one of them."""
     children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
     has_gate = any(kind_of(child) in GATED for child in block.children())
+    for base in module_type.__mro__[1:]:
+        for form in _forms_of(base) if issubclass(base, torch.nn.Module) else ():
+            if has_gate or form.activation is None:
+                return f"its {form.method} is not that of {base.__name__}, which is known; register(Form(...)) adds one"
     if (has_gate and any(names <= children for names in _CHILDREN_OF_GATED)) or _looks_gated(module_type, block):
         return "its forward is no known form; register(Form(...)) adds one"
     return None
