@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEASUREMENTS = ("accuracy", "code", "counts", "host", "imports", "watch", "pairs", "speed", "tune", "gpu", "mutants")
+ON_THIS_MACHINE = ("accuracy", "code", "counts", "host", "imports", "intercept", "watch", "pairs", "speed")
+MEASUREMENTS = (*ON_THIS_MACHINE, "tune", "gpu", "mutants")
 # Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
     **{name: f"benchmarks.measure.{name}" for name in MEASUREMENTS},
@@ -29,6 +30,7 @@ SUITE = (
     ("counts",),
     ("host",),
     ("imports",),
+    ("intercept",),
     ("watch",),
     ("pairs",),
     ("speed", "--device", "cpu"),

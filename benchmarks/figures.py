@@ -213,6 +213,12 @@ TABLES = {
         "`{import}` | {milliseconds} ms ({20 %} to {80 %}) | {time / torch}",
         "Measured on {source}",
     ),
+    "intercept": Table(
+        "cpu/intercept",
+        "what | median µs (20 % to 80 %) | ÷ forward",
+        "{what} | {microseconds:.0f} ({20 %:.0f} to {80 %:.0f}) | {time / forward:.3f}",
+        "A model of {layers} small layers, none of them covered: {source}",
+    ),
     "host": Table(
         "cpu/host",
         "layer | fp32 | ÷ torch | bf16 | ÷ torch",

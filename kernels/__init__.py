@@ -4,13 +4,13 @@ Importable everywhere, and at no cost: Triton is imported when the first attribu
 
     UNAVAILABLE    why Triton cannot be used; None where it can
     INTERPRETED    whether TRITON_INTERPRET=1 runs the kernels on the CPU
-    sigmoid, gates, losses, siglip, statistics    the launchers of each family
+    sigmoid, gates, interleaved, losses, siglip, statistics    the launchers of each family
 """
 
 import importlib
 from typing import Any
 
-FAMILIES = ("sigmoid", "gates", "losses", "siglip", "statistics")
+FAMILIES = ("sigmoid", "gates", "interleaved", "losses", "siglip", "statistics")
 
 
 def __getattr__(name: str) -> Any:

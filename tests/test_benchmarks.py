@@ -553,6 +553,31 @@ def test_the_price_of_a_watch_is_measured_only_where_it_changes_nothing(watch, c
         assert rows[0]["overhead %"] == 0
 
 
+class SeeingAll(torch.overrides.TorchFunctionMode):
+    """A context that changes results."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result + 1 if func is torch.nn.functional.relu else result
+
+
+@not_interpreted
+@pytest.mark.parametrize(("context", "code"), [(torch_sigmoid.intercept, 0), (SeeingAll, 1)])
+def test_the_price_of_intercept_is_measured_only_where_it_changes_nothing(context, code, monkeypatch, tmp_path, capsys):
+    from benchmarks.measure import intercept as part
+
+    monkeypatch.setitem(part.CONTEXTS, "intercept", context)
+    monkeypatch.setattr(part, "ROUNDS", 3)
+    assert part.main(["--out", str(tmp_path)]) == code
+    if code:
+        assert "the output with intercept is another" in capsys.readouterr().out
+        assert not list(tmp_path.iterdir())
+    else:
+        rows = json.loads((tmp_path / "cpu" / "intercept.json").read_text())["rows"]
+        assert len(rows) == 4
+        assert rows[0]["time / forward"] == 1
+
+
 def test_importing_the_package_takes_hardly_longer_than_torch_alone():
     """And no Triton: `imported` raises if there is any. The committed measurement is held to 0.06; here other work runs."""
     of_torch, added = zip(*(imports.imported() for _ in range(3)))

@@ -28,7 +28,7 @@ from benchmarks.measure.code import (
     operators,
     targets,
 )
-from torch_sigmoid.kernels import gates, launch, losses, reduce, siglip, statistics
+from torch_sigmoid.kernels import gates, interleaved, launch, losses, reduce, siglip, statistics
 from torch_sigmoid.losses import Loss
 
 TARGETS = targets()
@@ -163,6 +163,15 @@ def test_no_offset_of_a_64_bit_sum_along_a_dimension_is_computed_in_32_bits(shap
     assert_no_offset_is_computed_in_32_bits(compile_launch(backward, inputs, outputs, TARGETS["sm_90"]))
 
 
+@pytest.mark.parametrize("shape", [(2**32,), (2**17, 2**15 + 22)], ids=str)
+def test_no_offset_of_more_than_two_to_the_31_interleaved_elements_is_computed_in_32_bits(shape):
+    packed = meta(*shape)[..., : shape[-1] - 8]
+    single = torch.empty_like(packed[..., ::2])
+    forward, backward, _ = interleaved.launchers(*GATES["swiglu"])
+    for launcher, inputs, outputs in ((forward, [packed], [single]), (backward, [single, packed], [packed])):
+        assert_no_offset_is_computed_in_32_bits(compile_launch(launcher, inputs, outputs, TARGETS["sm_90"]))
+
+
 def test_the_forward_arithmetic_is_atens():
     """nvcc compiles `one / (one + std::exp(-x))` to CUDA's expf with its last product fused into the sum, then rcp.rn.
 
@@ -240,6 +249,23 @@ GATES = {
 ORDERS = ("forward", "backward", "double-backward")
 
 
+def interleaved_launches(name, order, dtype):
+    """As `gate_launches`: of a whole tensor of pairs, and of one whose rows are a slice."""
+    launcher = interleaved.launchers(*GATES[name])[ORDERS.index(order)]
+    for of, packed in (
+        ("", meta(2 * ODD, dtype=dtype)),
+        (" of rows", meta(4096, 8192, dtype=dtype)[:, :4096]),
+    ):
+        single = torch.empty_like(packed[..., ::2])
+        inputs, outputs = {
+            "forward": ([packed], [single]),
+            "backward": ([single, packed], [packed]),
+            "double-backward": ([single, packed, packed], [single, packed]),
+        }[order]
+        moved = sum(tensor.numel() // single.numel() for tensor in (*inputs, *outputs))
+        yield f"interleaved {name} {order}{of}", launcher, inputs, outputs, moved, False
+
+
 def gate_launches(dtype):
     """Launchers with inputs and outputs, how many full tensors each moves, and whether the gate is broadcast."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -253,6 +279,8 @@ def gate_launches(dtype):
             for of, tensor in (("", dense), (" of halves", half)):
                 moved = n_inputs + n_outputs
                 yield f"{name} {order}{of}", launcher, [tensor] * n_inputs, [tensor] * n_outputs, moved, False
+    for order in ORDERS:
+        yield from interleaved_launches("clamped", order, dtype)
     for of, shape, gate_shape in (
         ("channels", (32768, 3136), (32768, 1)),
         ("heads", (8192, 64), (8192, 1)),
@@ -288,6 +316,24 @@ def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dt
         if target == "sm_90":
             allowed = moved * slots * (1.25 if is_broadcast else 1)
             assert len(instructions) / elements_per_thread() <= allowed, name
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_interleaved_pairs_are_split_and_joined_in_registers(order, dtype, target):
+    """Accesses have 16 bytes but for one scalar a value in the tail, and no thread hands values to another."""
+    for name, launcher, inputs, outputs, *_ in interleaved_launches("swiglu", order, dtype):
+        compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
+        instructions, _, stack = disassemble(compiled)
+        assert compiled.metadata.shared == stack == 0, name
+        assert not any(each.startswith(("SHFL", "LDS", "STS", "LDL", "STL")) for each in instructions), name
+        n_pairs = min(tensor.numel() for tensor in (*inputs, *outputs))
+        for prefix, tensors in (("LDG", inputs), ("STG", outputs)):
+            values = sum(tensor.numel() for tensor in tensors) // n_pairs
+            widths = [each for each in instructions if each.startswith(prefix)]
+            assert sum(".128" in each for each in widths) == values * elements_per_thread() * dtype.itemsize // 16, name
+            assert sum(".128" not in each for each in widths) == values, name
 
 
 def loss_launches(dtype):
@@ -336,6 +382,7 @@ def test_profilers_see_a_kernel_under_the_name_of_its_formula():
     of_orders = [
         ("unary", gates.unary_launchers("silu", 1.0)),
         ("gate", gates.gate_launchers(*GATES["clamped"])),
+        ("interleaved", interleaved.launchers(*GATES["clamped"])),
         *(("loss", losses.loss_launchers(Loss(2.0, 0.25, reduction=reduction))) for reduction in ("none", "mean")),
     ]
     for of, each in of_orders:

@@ -190,7 +190,7 @@ BLOCKS = [
     ("timm.layers.eca", "CecaModule", of_sizes(8), images),
     ("torchvision.ops.misc", "SqueezeExcitation", of_sizes(8, 4), images),
     ("torchvision.models.detection.retinanet", "RetinaNetClassificationHead", of_sizes(8, 1, 3), detected, "compute_loss"),
-    ("torchvision.models.detection.fcos", "FCOSHead", of_sizes(8, 1, 3), detected_by_anchors, "compute_loss"),
+    ("torchvision.models.detection.fcos", "FCOSHead", of_sizes(8, 1, 3, num_convs=0), detected_by_anchors, "compute_loss"),
     ("diffusers.models.activations", "SwiGLU", of_sizes(8, 12), tokens),
     ("diffusers.models.transformers.transformer_flux2", "Flux2SwiGLU", of_sizes(), tokens),
     ("open_clip.loss", "SigLipLoss", of_sizes(), pairs),

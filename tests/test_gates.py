@@ -1,5 +1,6 @@
 """log-sigmoid, SiLU, GLU, sigmoid_gate and SwiGLU: right against float64, in every layout and every autograd mode."""
 
+import itertools
 import math
 
 import pytest
@@ -39,6 +40,11 @@ def halves(function, dim):
     return lambda packed: function(*packed.chunk(2, dim))
 
 
+def pairs(function, dim):
+    """Of a gate and an operand that alternate along `dim`."""
+    return lambda packed: function(*packed.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1))
+
+
 def gated(input, gate):
     return input * torch.sigmoid(gate)
 
@@ -66,6 +72,16 @@ CASES = {
     "swiglu-clamped-packed": (
         lambda x: ts.swiglu_packed(x, alpha=1.702, limit=2.0, up_offset=1.0),
         halves(clamped_swiglu, -1),
+        [(5, 6)],
+    ),
+    "swiglu-interleaved-middle": (
+        lambda x: ts.swiglu_packed(x, 1, interleaved=True),
+        pairs(lambda gate, up: F.silu(gate) * up, 1),
+        [(3, 4, 5)],
+    ),
+    "swiglu-clamped-interleaved": (
+        lambda x: ts.swiglu_packed(x, interleaved=True, alpha=1.702, limit=2.0, up_offset=1.0),
+        pairs(clamped_swiglu, -1),
         [(5, 6)],
     ),
 }
@@ -133,7 +149,16 @@ def assert_exact(actual, true, terms=0.0, allowed=1.0):
 OPERANDS = (1.0, -2.5, 100.0, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["glu", "sigmoid_gate", "swiglu"])
+def interleaved(packed):
+    return ts.swiglu_packed(packed, interleaved=True)
+
+
+def joined(gate, up):
+    """Both, alternating along the last dimension."""
+    return torch.stack([gate, up], -1).flatten(-2)
+
+
+@pytest.mark.parametrize("kind", ["glu", "sigmoid_gate", "swiglu", "swiglu-interleaved"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_every_16_bit_gate_within_an_ulp(kind, dtype, device):
     gate = all_patterns(dtype)
@@ -142,10 +167,13 @@ def test_every_16_bit_gate_within_an_ulp(kind, dtype, device):
         gate = gate[gate.abs() >= torch.finfo(dtype).smallest_normal]
     gate = gate[gate.isfinite()].expand(len(OPERANDS), -1)
     operand = torch.tensor(OPERANDS, dtype=dtype)[:, None].expand_as(gate)
-    function = "silu" if kind == "swiglu" else "sigmoid"
+    function = "silu" if kind.startswith("swiglu") else "sigmoid"
     if kind == "glu":
         value, packed = value_and_gradients(ts.glu, [torch.cat([operand, gate], 1).to(device)])
         to_operand, to_gate = packed.chunk(2, 1)
+    elif kind == "swiglu-interleaved":
+        value, packed = value_and_gradients(interleaved, [joined(gate, operand).to(device)])
+        to_gate, to_operand = packed.unflatten(1, (-1, 2)).unbind(2)
     elif kind == "swiglu":
         value, to_gate, to_operand = value_and_gradients(ts.swiglu, [gate.to(device), operand.to(device)])
     else:
@@ -165,7 +193,7 @@ def test_every_16_bit_second_derivative_within_an_ulp(function, dtype, device):
     assert_exact(to_x, exact(function, 2, x), terms_of(function, 2, x))
 
 
-@pytest.mark.parametrize("kind", ["sigmoid_gate", "sigmoid_gate-rows", "swiglu"])
+@pytest.mark.parametrize("kind", ["sigmoid_gate", "sigmoid_gate-rows", "swiglu", "swiglu-interleaved"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_every_16_bit_second_derivative_of_a_gate_within_an_ulp(kind, dtype, device):
     gate = all_patterns(dtype)
@@ -176,12 +204,14 @@ def test_every_16_bit_second_derivative_of_a_gate_within_an_ulp(kind, dtype, dev
     tensors = [gates.to(device), operand.to(device)]
 
     def function(gate, operand):
+        if kind == "swiglu-interleaved":
+            return interleaved(joined(gate, operand))
         return ts.swiglu(gate, operand) if kind == "swiglu" else ts.sigmoid_gate(operand, gate)
 
     (to_gate, to_operand), (to_upstream, to_gate_again, to_operand_again) = derivatives(
         function, tensors, *map(torch.ones_like, tensors)
     )
-    name = "silu" if kind == "swiglu" else "sigmoid"
+    name = "silu" if kind.startswith("swiglu") else "sigmoid"
     value, slope, bend = (exact(name, order, gates) for order in range(3))
     a = operand.double()
     of_slope, of_bend = (torch.maximum(terms_of(name, order, gates), exact(name, order, gates).abs()) for order in (1, 2))
@@ -406,6 +436,110 @@ def test_halves_along_any_dimension(dim, memory_format, dtype, device):
             torch.testing.assert_close(grad.double(), true[1], rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
             if runs_kernels(device):
                 assert grad.stride() == packed.stride()
+
+
+# Packed tensors as views of a vector, and whether the kernels of pairs read them, or those of two strided tensors.
+PACKED_LAYOUTS = {
+    "one pair": (lambda x: x[:2], False),
+    "a tail": (lambda x: x[:30], True),
+    "a body": (lambda x: x[:32], True),
+    "a tile": (lambda x: x[:2048], True),
+    "above a tile": (lambda x: x[:2050], True),
+    "tiles and a tail": (lambda x: x[:5006], True),
+    "offset by one": (lambda x: x[1:3001], True),
+    "one pair a row": (lambda x: x[:66].view(33, 2), True),
+    "rows": (lambda x: x.as_strided((33, 64), (128, 1)), True),
+    "odd rows": (lambda x: x.as_strided((33, 74), (75, 1), 37), True),
+    "narrow rows": (lambda x: x.as_strided((65, 6), (8, 1)), True),
+    "wide rows": (lambda x: x.as_strided((3, 2200), (2401, 1)), True),
+    "matrices": (lambda x: x.as_strided((3, 5, 14), (200, 20, 1)), True),
+    "expanded rows": (lambda x: x[:86].expand(29, 86), True),
+    "size-one dimensions": (lambda x: x.as_strided((1, 19, 1, 10), (7, 10, 3, 1)), True),
+    "one pair a wide row": (lambda x: x.as_strided((33, 2), (7, 1)), False),
+    "transposed": (lambda x: x.as_strided((37, 54), (1, 37)), False),
+    "channels last": (lambda x: x.as_strided((2, 5, 7, 6), (210, 1, 30, 5)), False),
+    "every second": (lambda x: x[:600:2], False),
+    "expanded columns": (lambda x: x[:29, None].expand(29, 86), False),
+    "four strided dimensions": (lambda x: x.as_strided((3, 4, 5, 6), (1000, 200, 20, 2)), False),
+    "four dimensions of pairs": (lambda x: x.as_strided((3, 4, 5, 6), (1000, 200, 20, 1)), False),
+}
+
+
+def dense(upstream):
+    return upstream
+
+
+def expanded(upstream):
+    return upstream.flatten()[0].expand(upstream.shape)
+
+
+def transposed(upstream):
+    return upstream.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(upstream):
+    return torch.cat([upstream, upstream], -1)[..., : upstream.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "view_of_upstream", "dtype"),
+    [
+        *zip(PACKED_LAYOUTS, itertools.cycle([dense, expanded]), itertools.cycle([torch.float32] * 2 + [torch.bfloat16] * 2)),
+        *itertools.product(["rows"], [dense, transposed, sliced], [torch.float64, torch.float16]),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_interleaved_pairs_of_any_layout_have_the_bits_of_two_tensors(layout, view_of_upstream, dtype, device):
+    view, of_pairs = PACKED_LAYOUTS[layout]
+    packed = view(random((9000,), dtype, device))
+    gate, up = packed[..., ::2].contiguous(), packed[..., 1::2].contiguous()
+    before = packed.clone()
+    upstream, to_gate, to_up = (random(gate.shape, dtype, device, seed=seed) for seed in (1, 2, 3))
+    upstream = view_of_upstream(upstream)
+    actual = second_derivatives(interleaved, [packed], upstream, [joined(to_gate, to_up)])
+    value, of_gate, of_up, again_gate, again_up, again_upstream = second_derivatives(
+        ts.swiglu, [gate, up], upstream.contiguous(), [to_gate, to_up]
+    )
+    expected = value, joined(of_gate, of_up), joined(again_gate, again_up), again_upstream
+    for one, other in zip(actual, expected, strict=True):
+        if runs_kernels(device):
+            assert torch.equal(one, other)
+        else:  # torch computes the rest of a vector otherwise
+            tolerance = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert torch.equal(packed, before)
+    if runs_kernels(device):
+        assert actual[1].stride() == torch.empty_like(packed).stride()
+        assert (kernels.interleaved.over_pairs((packed,), (value,)) is not None) == of_pairs
+
+
+@pytest.mark.parametrize("layout", ["tiles and a tail", "rows", "transposed", "every second"])
+def test_one_kernel_for_each_derivative_of_interleaved_pairs(layout, device):
+    if not runs_kernels(device):
+        pytest.skip("counts kernels")
+    packed = PACKED_LAYOUTS[layout][0](random((9000,), torch.bfloat16, device)).detach().requires_grad_()
+    n_launches = []
+    with counts.counted() as counter:
+        output = interleaved(packed)
+        n_launches.append(counter.launches)
+        upstream = torch.ones_like(output).requires_grad_()
+        (grad,) = torch.autograd.grad(output, packed, upstream, create_graph=True)
+        n_launches.append(counter.launches)
+        torch.autograd.grad(grad, (upstream, packed), grad.detach())
+        n_launches.append(counter.launches)
+    assert n_launches == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_interleaved_pairs_along_any_dimension(dim, memory_format, device):
+    packed = random((4, 6, 8, 34), torch.bfloat16, device).to(memory_format=memory_format)
+    value, grad = value_and_gradients(lambda x: ts.swiglu_packed(x, dim - 4, interleaved=True), [packed])
+    true_value, true_grad = value_and_gradients(pairs(lambda gate, up: F.silu(gate) * up, dim), [packed.double()])
+    assert_near(value, true_value, packed.dtype)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=4 * 2**-8, atol=4 * 2**-8)
+    if runs_kernels(device):
+        assert grad.stride() == packed.stride()
 
 
 # Shapes of a tensor and of its gate: what is summed up are rows, columns, both, in groups or not, split or not.
@@ -655,6 +789,7 @@ def test_each_constant_alone_does_what_its_name_says(constants, device):
     torch.testing.assert_close(ts.swiglu(gate, up, **constants), expected)
     packed = torch.cat([gate, up], -1)
     torch.testing.assert_close(ts.swiglu_packed(packed, **constants), expected)
+    torch.testing.assert_close(ts.swiglu_packed(joined(gate, up), interleaved=True, **constants), expected)
 
 
 @pytest.mark.ways("interpreter")
@@ -835,6 +970,27 @@ BAD = {
     "no dim": (lambda: ts.glu(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "dim out of range": (lambda: ts.glu(torch.ones(2, 4), 2), IndexError, "out of range"),
     "an odd packed tensor": (lambda: ts.swiglu_packed(torch.ones(2, 3)), RuntimeError, "must be even, got 3"),
+    "an odd number of elements that alternate": (
+        lambda: ts.swiglu_packed(torch.ones(4, 3), interleaved=True),
+        RuntimeError,
+        r"must be even, got 3 in dim -1 of shape \(4, 3\)",
+    ),
+    "no dim along which elements alternate": (
+        lambda: ts.swiglu_packed(torch.tensor(1.0), interleaved=True),
+        RuntimeError,
+        "no dimensions",
+    ),
+    "interleaved that is no bool": (
+        lambda: ts.swiglu_packed(torch.ones(4), interleaved="no"),
+        TypeError,
+        "interleaved must be True or False, got 'no'",
+    ),
+    "a layer's interleaved that is no bool": (
+        lambda: ts.SwiGLUPacked(interleaved=None),
+        TypeError,
+        "interleaved must be True or False, got None",
+    ),
+    "interleaved by position": (lambda: ts.swiglu_packed(torch.ones(4), -1, True), TypeError, "positional arguments"),
     "a packed tensor of no dim": (lambda: ts.swiglu_packed(torch.tensor(1.0)), RuntimeError, "no dimensions"),
     "halves of unequal size": (lambda: ts.swiglu(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"\(2, 3\) and \(2, 4\)"),
     "a gate that does not broadcast": (
@@ -901,3 +1057,6 @@ def test_the_modules_of_two_tensors(device):
     assert repr(clamped) == "SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)"
     assert repr(ts.SwiGLU()) == "SwiGLU()"
     assert repr(ts.SwiGLUPacked(1)) == "SwiGLUPacked(dim=1)"
+    alternating = ts.SwiGLUPacked(0, interleaved=True, limit=7.0)
+    assert torch.equal(alternating(x), ts.swiglu_packed(x, 0, interleaved=True, limit=7.0))
+    assert repr(alternating) == "SwiGLUPacked(dim=0, interleaved=True, alpha=1.0, limit=7.0, up_offset=0.0)"

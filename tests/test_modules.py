@@ -127,9 +127,9 @@ def test_a_replaced_model_survives_pickling_and_can_be_restored():
 
 
 SPELLINGS = {
-    "torch.sigmoid": torch.sigmoid,
+    "torch.sigmoid": lambda x: torch.sigmoid(x),
     "Tensor.sigmoid": lambda x: x.sigmoid(),
-    "torch.special.expit": torch.special.expit,
+    "torch.special.expit": lambda x: torch.special.expit(x),
     "F.sigmoid": nn.functional.sigmoid,
     "nn.Sigmoid": nn.Sigmoid(),
     "torch.sigmoid(input=)": lambda x: torch.sigmoid(input=x),
@@ -153,9 +153,9 @@ def test_intercept_covers_every_spelling(spelling, device):
 def test_intercept_of_the_in_place_spellings(device):
     x = random((50,), torch.float16, device)
     grad = random((50,), torch.float16, device, seed=1)
-    for function in (torch.sigmoid_, torch.Tensor.sigmoid_):
+    for function in (lambda x: torch.sigmoid_(x * 1), lambda x: (x * 1).sigmoid_()):
         with intercept():
-            actual = gradient(lambda x, f=function: f(x * 1), x, grad)
+            actual = gradient(function, x, grad)
         torch.testing.assert_close(actual, gradient(torch_sigmoid.sigmoid, x, grad), rtol=0, atol=0)
 
 
@@ -183,12 +183,12 @@ def test_intercept_does_not_mix_up_what_a_checkpoint_recomputes(device):
     x = random((9,), torch.float32, device).requires_grad_()
     expected = gradient(torch.sigmoid, x)
     with intercept(save="input"), pytest.warns(UserWarning, match="replace"):
-        y = checkpoint(torch.sigmoid, x * 1, use_reentrant=False)
+        y = checkpoint(nn.Sigmoid(), x * 1, use_reentrant=False)
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected)
     with intercept(save="output"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        y = checkpoint(torch.sigmoid, x * 1, use_reentrant=False)
+        y = checkpoint(nn.Sigmoid(), x * 1, use_reentrant=False)
     x.grad = None
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected)

@@ -75,8 +75,14 @@ RECIPES = {
         ("x =", lambda x, s, **_: x * torch.sigmoid(s)[:, :, None, None]),
         ("loss =", lambda logits, target, **_: torch.nn.functional.binary_cross_entropy(torch.sigmoid(logits), target)),
         ("h = torch_sigmoid.swiglu(gate, up)  ", lambda gate, up, **_: torch.nn.functional.silu(gate) * up),
-        ("h = torch_sigmoid.swiglu_packed", lambda packed, **_: torch.nn.functional.silu(packed[:, :6]) * packed[:, 6:]),
-        ("h = torch_sigmoid.swiglu(gate, up, alpha", lambda gate, up, **_: gate * torch.sigmoid(1.702 * gate) * (up + 1)),
+        (
+            "h = torch_sigmoid.swiglu_packed(packed)",
+            lambda packed, **_: torch.nn.functional.silu(packed[:, :6]) * packed[:, 6:],
+        ),
+        (
+            "h = torch_sigmoid.swiglu_packed(packed, interleaved",
+            lambda packed, **_: packed[:, ::2] * torch.sigmoid(1.702 * packed[:, ::2]) * (packed[:, 1::2] + 1),
+        ),
         ("torch_sigmoid.warmup", None),
     ],
 )

@@ -239,6 +239,7 @@ TRACED_BY_FX = {
     "sigmoid_gate": (lambda x, gate: torch_sigmoid.sigmoid_gate(x, gate), 2),
     "swiglu": (lambda gate, up: torch_sigmoid.swiglu(gate, up, alpha=1.702, limit=7.0, up_offset=1.0), 2),
     "swiglu_packed": (lambda packed: torch_sigmoid.swiglu_packed(packed, 0), 1),
+    "swiglu_packed of pairs": (lambda packed: torch_sigmoid.swiglu_packed(packed, 0, interleaved=True), 1),
     "swiglu of a constant": (lambda up: torch_sigmoid.swiglu(torch.ones(4, 4), up), 1),
     "binary_cross_entropy_with_logits": (
         lambda x, target, weight: torch_sigmoid.binary_cross_entropy_with_logits(x, target, pos_weight=weight),

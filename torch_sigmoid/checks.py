@@ -44,6 +44,11 @@ def check_floats(caller: str, **tensors: Tensor) -> None:
             raise TypeError(f"{caller}(): {name} must be a tensor of a float dtype, got {tensor.dtype}")
 
 
+def check_bool(caller: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}(): {name} must be True or False, got {value!r}")
+
+
 def check_devices(caller: str, **tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())

@@ -17,6 +17,7 @@ from . import kernels
 from .autograd import Operator, record
 from .checks import (
     DENSE_FLOATS,
+    check_bool,
     check_broadcasts,
     check_devices,
     check_floats,
@@ -185,6 +186,43 @@ class Gated(Operator):
         v, w, a, g = map(upcast, (*self.parts(tangents), *self.parts(tensors)))
         result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
         return result.to(tensors[0].dtype)
+
+
+@dataclass(frozen=True)
+class Interleaved(Gated):
+    """`Gated` for one tensor that holds pairs next to each other along its last dimension; see kernels/interleaved.py."""
+
+    gate_first: bool = True
+
+    def batched(self) -> "Interleaved":
+        return self
+
+    def parts(self, tensors: Tensors) -> Tensors:
+        (packed,) = tensors
+        return packed[..., 1::2], packed[..., ::2]
+
+    def whole(self, a: Tensor, g: Tensor) -> Tensors:
+        # Legacy batching, of is_grads_batched=True, knows `reshape` but not `flatten`.
+        return (torch.stack((g, a), -1).reshape(*a.shape[:-1], 2 * a.shape[-1]),)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        (packed,) = tensors
+        if launchable(packed) and packed.numel():
+            return (kernels.interleaved.forward(packed, self.constants),)
+        return (self.formula(packed),)
+
+    def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
+        (packed,) = tensors
+        if launchable(packed, grad_output) and packed.numel():
+            return (kernels.interleaved.backward(grad_output, packed, self.constants),)
+        return self.backward_formula(grad_output, packed)
+
+    def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
+        (grad,), (packed,) = grads, tensors
+        if launchable(packed, grad_output, grad) and packed.numel():
+            results: Tensors = kernels.interleaved.double_backward(grad, grad_output, packed, self.constants)
+            return results
+        return self.double_backward_formula(grads, grad_output, packed)
 
 
 _SILU, _LOGSIGMOID, _SIGMOID_GATE = Unary("silu"), Unary("logsigmoid"), Gated("sigmoid")
@@ -383,19 +421,31 @@ def swiglu(gate: Tensor, up: Tensor, *, alpha: float = 1.0, limit: float | None 
 
 @overridable
 def swiglu_packed(
-    packed: Tensor, dim: int = -1, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0
+    packed: Tensor,
+    dim: int = -1,
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
 ) -> Tensor:
-    r"""`swiglu(gate, up)` for the halves gate, up of one tensor along `dim`, such as one matrix product gives.
+    r"""`swiglu(gate, up)` for gate and up in one tensor, such as one matrix product gives.
 
-    The halves are read in place, and their gradient is written into one tensor like `packed`.
+    They are its halves along `dim`, as `packed.chunk(2, dim)` gives them. With `interleaved` they alternate along `dim`, as in
+    GPT-OSS: along the last dimension gate is `packed[..., ::2]` and up is `packed[..., 1::2]`. Both are read in place, and
+    their gradient is written into one tensor like `packed`.
 
     Args:
         packed: a tensor of float dtype with at least one dimension; saved for backward, and nothing else.
-        dim: the dimension to halve, of even size.
+        dim: the dimension that holds gate and up, of even size.
+        interleaved: whether gate and up alternate. Kernels move 16 bytes an access if `dim` has stride 1.
         alpha, limit, up_offset: as in `swiglu`.
 
+    Returns:
+        A tensor of the shape of `packed`, with half the size in `dim`.
+
     Raises:
-        TypeError: `packed` is not a tensor of a float dtype, or an option not a number.
+        TypeError: `packed` is not a tensor of a float dtype, `interleaved` not a bool, or an option not a number.
         ValueError: an option out of range.
         RuntimeError: the size of `dim` is odd, or there is no dimension.
         IndexError: `dim` is out of range.
@@ -403,20 +453,32 @@ def swiglu_packed(
     Example:
         >>> torch_sigmoid.swiglu_packed(torch.ones(2, 16)).shape
         torch.Size([2, 8])
+        >>> gate_and_up = torch.tensor([100.0, 3.0, 0.0, 5.0])  # gate = [100, 0], up = [3, 5]
+        >>> torch_sigmoid.swiglu_packed(gate_and_up, interleaved=True)
+        tensor([300.,   0.])
     """
     check_tensors("swiglu_packed", packed=packed)
     check_floats("swiglu_packed", packed=packed)
+    check_bool("swiglu_packed", "interleaved", interleaved)
     dim = halved_dim("swiglu_packed", packed, dim)
-    operator = _swiglu_operator("swiglu_packed", dim, alpha, limit, up_offset)
+    operator = _swiglu_operator("swiglu_packed", dim, alpha, limit, up_offset, interleaved)
+    if interleaved and dim != packed.dim() - 1:
+        moved = packed.movedim(dim, -1)
+        result = swiglu_packed(moved, interleaved=True, alpha=alpha, limit=limit, up_offset=up_offset)
+        return result.movedim(-1, dim)
     if not is_ours(packed):
-        gate, up = packed.chunk(2, dim)
+        up, gate = operator.parts((packed,))
         return _swiglu_in_torch("swiglu_packed", gate, up, operator)
     return record(operator, packed)
 
 
-def _swiglu_operator(caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float) -> Gated:
+def _swiglu_operator(
+    caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float, interleaved: bool = False
+) -> Gated:
     check_gate_options(caller, alpha, limit, up_offset)
     limit = None if limit is None or limit == math.inf else float(limit)
+    if interleaved:
+        return Interleaved("silu", alpha=float(alpha), limit=limit, offset=float(up_offset))
     return Gated("silu", dim, True, float(alpha), limit, float(up_offset))
 
 

@@ -4,6 +4,7 @@
 copy-on-write tensor.)
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -140,3 +141,53 @@ legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignm
 def graph_break() -> None:
     """Have torch.compile run what follows as it is."""
     torch._dynamo.graph_break()
+
+
+# What torch.nn.functional.silu and glu end in, which torch shows nowhere else.
+NN_NAMESPACE: dict[str, Any] = vars(_C._nn)
+
+
+def script_as(wrapper: Callable[..., Any], operator: Callable[..., Any]) -> None:
+    """Have torch.jit.script, which knows torch's operators by their identity, take `wrapper` for `operator`."""
+    builtins = torch.jit._builtins
+    if name := builtins._find_builtin(operator):
+        builtins._register_builtin(wrapper, name)
+
+
+_SAVES = "torch_sigmoid.intercept"
+
+
+def set_for_backward(saves: list[Any]) -> None:
+    """Let a backward that this thread starts find `saves`, in whichever threads it runs."""
+    _C._stash_obj_in_tls(_SAVES, saves)
+
+
+def set_of_backward() -> list[Any]:
+    """What the thread that started this backward has set."""
+    return _C._get_obj_in_tls(_SAVES) if _C._is_key_in_tls(_SAVES) else []
+
+
+# Tables of torch's functions by their identity, which torch builds at the first use.
+_TABLES = {
+    "torch.overrides": ("get_testing_overrides", "_get_overridable_functions", "_get_tensor_methods"),
+    "torch._dynamo.trace_rules": ("get_torch_obj_rule_map", "get_tensor_method"),
+    "torch._dynamo.variables.torch": ("get_overridable_functions",),
+}
+
+
+def _tables() -> list[Any]:
+    modules = [(sys.modules[name], names) for name, names in _TABLES.items() if name in sys.modules]
+    tables = [getattr(module, name, None) for module, names in modules for name in names]
+    return [table for table in tables if hasattr(table, "cache_info")]
+
+
+def tables_built() -> list[Any]:
+    """The tables of functions that torch has built already."""
+    return [table for table in _tables() if table.cache_info().currsize]
+
+
+def forget_tables(*, but: list[Any]) -> None:
+    """Have torch build its tables of functions again, but those."""
+    for table in _tables():
+        if table not in but:
+            table.cache_clear()

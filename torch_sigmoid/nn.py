@@ -199,26 +199,45 @@ class SwiGLU(torch.nn.Module):
 
 
 class SwiGLUPacked(SwiGLU):
-    """silu(gate)·up for the halves gate, up of one tensor. See `torch_sigmoid.swiglu_packed`.
+    """silu(gate)·up for gate and up in one tensor. See `torch_sigmoid.swiglu_packed`.
 
     Args:
-        dim: the dimension to halve.
+        dim: the dimension that holds gate and up.
+        interleaved: whether they alternate along `dim`, as in GPT-OSS; else they are its halves.
         alpha, limit, up_offset: as in `SwiGLU`.
     """
 
-    def __init__(self, dim: int = -1, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int = -1,
+        *,
+        interleaved: bool = False,
+        alpha: float = 1.0,
+        limit: float | None = None,
+        up_offset: float = 0.0,
+    ) -> None:
+        checks.check_bool("SwiGLUPacked", "interleaved", interleaved)
         super().__init__(alpha=alpha, limit=limit, up_offset=up_offset)
         self.dim = dim
+        self.interleaved = interleaved
 
     if TYPE_CHECKING:
 
         def __call__(self, packed: Tensor) -> Tensor: ...  # type: ignore[override]
 
     def forward(self, packed: Tensor) -> Tensor:  # type: ignore[override]
-        return functional.swiglu_packed(packed, self.dim, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+        return functional.swiglu_packed(
+            packed,
+            self.dim,
+            interleaved=self.interleaved,
+            alpha=self.alpha,
+            limit=self.limit,
+            up_offset=self.up_offset,
+        )
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (f"dim={self.dim}", super().extra_repr())))
+        interleaved = "interleaved=True" * self.interleaved
+        return ", ".join(filter(None, (f"dim={self.dim}", interleaved, super().extra_repr())))
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

@@ -110,6 +110,10 @@ def swiglu_packed(packed: Tensor) -> Tensor:
     return swiglu(*packed.chunk(2, -1))
 
 
+def swiglu_interleaved(packed: Tensor) -> Tensor:
+    return swiglu(packed[..., ::2], packed[..., 1::2])
+
+
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
     return gate * torch.sigmoid(ALPHA * gate) * (up + UP_OFFSET)
@@ -247,7 +251,19 @@ OPERATORS: dict[str, Row] = {
         },
         nn.SwiGLU,
     ),
-    "swiglu_packed": Row("gates", {"": Case("silu(a)·b", ours.swiglu_packed, swiglu_packed, packed)}, nn.SwiGLUPacked),
+    "swiglu_packed": Row(
+        "gates",
+        {
+            "": Case("silu(a)·b", ours.swiglu_packed, swiglu_packed, packed),
+            "interleaved": Case(
+                "silu(a)·b, a and b alternating",
+                functools.partial(ours.swiglu_packed, interleaved=True),
+                swiglu_interleaved,
+                packed,
+            ),
+        },
+        nn.SwiGLUPacked,
+    ),
     "binary_cross_entropy_with_logits": Row(
         "losses",
         {

@@ -34,6 +34,7 @@ assert_type(torch_sigmoid.glu(x, dim=0), Tensor)
 assert_type(torch_sigmoid.sigmoid_gate(x, gate=x), Tensor)
 assert_type(torch_sigmoid.swiglu(x, x, alpha=1.702, limit=7, up_offset=1), Tensor)
 assert_type(torch_sigmoid.swiglu_packed(x, -1, limit=None), Tensor)
+assert_type(torch_sigmoid.swiglu_packed(x, interleaved=True, limit=7.0), Tensor)
 assert_type(torch_sigmoid.binary_cross_entropy_with_logits(x, x, reduction="sum", ignore_index=-1), Tensor)
 assert_type(torch_sigmoid.sigmoid_focal_loss(x, x, 0.25, 2, "mean"), Tensor)
 assert_type(torch_sigmoid.siglip_loss(x, x, 10.0, torch.zeros(()), group="world"), Tensor)
@@ -51,6 +52,7 @@ assert_type(torch_sigmoid.GLU(0)(x), Tensor)
 assert_type(torch_sigmoid.SigmoidGate()(x, x), Tensor)
 assert_type(torch_sigmoid.SwiGLU(limit=7.0)(x, x), Tensor)
 assert_type(torch_sigmoid.SwiGLUPacked(-1)(x), Tensor)
+assert_type(torch_sigmoid.SwiGLUPacked(interleaved=True)(x), Tensor)
 assert_type(torch_sigmoid.BCEWithLogitsLoss(pos_weight=x, reduction="none")(x, x), Tensor)
 assert_type(torch_sigmoid.SigmoidFocalLoss(gamma=1.5, reduction="sum")(x, x), Tensor)
 assert_type(torch_sigmoid.SigLIPLoss(chunk_size=16)(x, x, 10.0), Tensor)
@@ -70,6 +72,14 @@ assert_type(torch_sigmoid.restore(torch.nn.Sequential(model)), torch.nn.Sequenti
 with intercept(save="input") as mode:
     assert_type(mode, intercept)
     assert_type(mode.save, Literal["output", "input"])
+
+
+@intercept()
+def activated(x: Tensor, factor: float) -> Tensor:
+    return factor * x.sigmoid()
+
+
+assert_type(activated(x, factor=2.0), Tensor)
 
 with debug():
     ...

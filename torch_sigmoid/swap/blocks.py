@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..operators import OPERATORS
-from .forms import LIBRARIES, Form, activations, forms
+from .forms import BY_HAND, Form, activations, forms
 from .gates import GATED
-from .trees import Function, Match, Rewrite, innermost, match, remembered
+from .trees import Function, Match, Rewrite, called_by, innermost, match, remembered, tree_of
 
 Type = type[torch.nn.Module]
 
@@ -165,7 +165,7 @@ def _forms_of(module_type: Type) -> tuple[Form, ...]:
     """What is known of a class; what its own library has comes before what another writes alike."""
     package = module_type.__module__.partition(".")[0]
     known = [form for form in forms() if form.knows(module_type)]
-    return tuple(sorted(known, key=lambda form: form.library in LIBRARIES and form.library != package))
+    return tuple(sorted(known, key=lambda form: form.library not in (package, BY_HAND)))
 
 
 _match = remembered(match)
@@ -267,23 +267,28 @@ def _whose(function: Any) -> str:
 
 
 def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
-    """A word where the block looks like one of ours, or calls itself one of them."""
-    children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
-    has_gate = any(kind_of(child) in GATED for child in block.children())
+    """A word where the block looks like one of ours: by its base, the names of its children, or a gate in its forward."""
+    gates = any(kind_of(child) in GATED for child in block.children())
     for base in module_type.__mro__[1:]:
         for form in _forms_of(base) if issubclass(base, torch.nn.Module) else ():
-            if has_gate or form.activation is None:
+            if gates or form.activation is None:
                 return f"its {form.method} is not that of {base.__name__}, which is known; register(Form(...)) adds one"
-    if (has_gate and any(names <= children for names in _CHILDREN_OF_GATED)) or _looks_gated(module_type, block):
+    # A class of TorchScript has a forward on its instances only.
+    forward = getattr(module_type, "forward", None)
+    if forward is None:
+        return None
+    children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
+    named_alike = any(names <= children for names in _CHILDREN_OF_GATED)
+    if named_alike and tree_of(forward) is None:
+        return "the source of its forward cannot be read"
+    if ((gates or called_by(forward)) and named_alike) or _looks_gated(forward, block):
         return "its forward is no known form; register(Form(...)) adds one"
     return None
 
 
-def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
-    # A class of TorchScript has a forward on its instances only.
-    function = getattr(module_type, "forward", None)
+def _looks_gated(forward: Function, block: torch.nn.Module) -> bool:
     for rewrite in _LOOKS_GATED:
-        found = _match(function, rewrite) if function else None
+        found = _match(forward, rewrite)
         if found is None:
             continue
         activation = found.bound.get("ACT")

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from .forms import fingerprint_of
 from .gates import FusedGate
-from .trees import Function, Rewrite, match, remembered
+from .trees import Function, Rewrite, fingerprint_of, match, remembered
 
 # The method of a criterion that is known, and its rewrite.
 METHOD, KNOWN = "loss_labels", ("3802891fcb38e3c8",)

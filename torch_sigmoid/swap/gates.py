@@ -75,7 +75,7 @@ class FusedGate(torch.nn.Module):
 
 def detr_focal_loss(inputs: Tensor, targets: Tensor, num_boxes: Any, alpha: float = 0.25, gamma: float = 2) -> Tensor:
     """Focal loss as the DETR family sums it up: the mean of each query's, over the number of boxes."""
-    loss = ours.sigmoid_focal_loss(inputs, targets, alpha, gamma).mean(1).sum()
+    loss = ours.sigmoid_focal_loss(inputs, targets, alpha if alpha >= 0 else -1, gamma).mean(1).sum()
     return torch.div(loss, num_boxes)
 
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -36,8 +37,7 @@ def _is_one_of(*functions: Function) -> Callable[[Any], bool]:
 
 def _has_fingerprint(expected: str) -> Callable[[Any], bool]:
     def has(called: Any) -> bool:
-        tree = tree_of(called) if isinstance(called, types.FunctionType) else None
-        return tree is not None and fingerprint(tree) == expected
+        return isinstance(called, types.FunctionType) and fingerprint_of(called) == expected
 
     return has
 
@@ -123,6 +123,18 @@ def fingerprint(definition: ast.FunctionDef) -> str:
     return hashlib.sha256(described(definition).encode()).hexdigest()[:16]
 
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+
+
+@remembered
+def fingerprint_of(function: "Function | str") -> str | None:
+    """The fingerprint of a function or of a text; None where there is no source."""
+    if isinstance(function, str) and _FINGERPRINT.fullmatch(function):
+        return function
+    tree = tree_of(function)
+    return None if tree is None else fingerprint(tree)
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """Put `put` in the place of `find`: an expression, or whole statements that follow each other."""
@@ -165,7 +177,7 @@ class _Matcher:
             if _stands_for_any(pattern.id):
                 return self._binds(pattern.id, node, bound)
             if pattern.id in FUNCTIONS:
-                return FUNCTIONS[pattern.id](self._resolved(node))
+                return FUNCTIONS[pattern.id](self.resolved(node))
         if type(pattern) is not type(node):
             return False
         if not isinstance(pattern, ast.AST):
@@ -186,7 +198,7 @@ class _Matcher:
         bound[name] = value
         return True
 
-    def _resolved(self, node: ast.AST) -> Any:
+    def resolved(self, node: ast.AST) -> Any:
         """The object that a dotted name of globals stands for."""
         path = []
         while isinstance(node, ast.Attribute):
@@ -256,6 +268,17 @@ def _places(
                     bound = {}
                     if matcher.matches(pattern, value[start : start + len(pattern)], bound):
                         yield node, field, slice(start, start + len(pattern)), bound
+
+
+@remembered
+def called_by(function: Function) -> frozenset[str]:
+    """Which of FUNCTIONS a function calls."""
+    definition = tree_of(function)
+    if definition is None:
+        return frozenset()
+    matcher = _Matcher(_scope(function))
+    called = [matcher.resolved(node.func) for node in ast.walk(definition) if isinstance(node, ast.Call)]
+    return frozenset(name for name, is_it in FUNCTIONS.items() if any(map(is_it, called)))
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,14 @@ Each library has a file here, which says what its code looks like and in which v
 """
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..gates import FUNCTIONS
-from ..trees import Function, Rewrite, fingerprint, remembered, tree_of
+from ..trees import Function, Rewrite, fingerprint_of
 
 Known = tuple["str | Function", ...]
-_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-
-
-@remembered
-def fingerprint_of(function: "Function | str") -> str | None:
-    """The fingerprint of a function or of a text; None where there is no source."""
-    if isinstance(function, str) and _FINGERPRINT.fullmatch(function):
-        return function
-    tree = tree_of(function)
-    return None if tree is None else fingerprint(tree)
 
 
 def _fingerprints(known: Known, whose: str) -> frozenset[str]:
@@ -132,7 +121,8 @@ class Activation:
         )
 
 
-LIBRARIES = "transformers", "timm", "torchvision", "diffusers", "open_clip"
+# The library of code that is nobody's in particular.
+BY_HAND = "written by hand"
 _registered: list[Form] = []
 
 

@@ -1,10 +1,10 @@
 """How people write the MLP of a Llama themselves."""
 
 from ..trees import Rewrite
-from . import Activation, Form
+from . import BY_HAND, Activation, Form
 from .transformers import PRODUCT
 
-LIBRARY, VERSIONS = "written by hand", "any"
+LIBRARY, VERSIONS = BY_HAND, "any"
 
 ACTIVATIONS: tuple[Activation, ...] = ()
 
