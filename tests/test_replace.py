@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid
@@ -476,6 +477,28 @@ def test_export(model, x):
     torch.testing.assert_close(exported.module()(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parametrizations_come_and_go(when, model, x):
+    expected = step(model, x)
+    model.mlp.register_buffer("scale", torch.ones(2))
+    if when == "before":
+        replace(model)
+    parametrize.register_parametrization(model.mlp, "scale", nn.Tanh())
+    if when == "after":
+        replace(model)
+    assert became(model) == ALL
+    assert_steps_are_close(step(model, x), expected)
+    torch.testing.assert_close(model.mlp.scale, torch.ones(2).tanh())
+    restore(model)
+    torch.testing.assert_close(model.mlp.scale, torch.ones(2).tanh())
+    assert became(replace(model)) == ALL
+    parametrize.remove_parametrizations(model.mlp, "scale")
+    assert became(model) == ALL
+    assert isinstance(model.mlp, LlamaMLP)
+    assert_steps_are_close(step(model, x), expected)
+    assert type(restore(model).mlp) is LlamaMLP
+
+
 # torch.distributed
 
 
@@ -549,9 +572,23 @@ def test_a_block_with_another_operator_is_left_and_reported(seeded, x):
     assert type(model) is WithAddition
     (left,) = report(model).left
     assert (left.names, left.type) == (["(the model)"], "WithAddition")
-    assert "no known form" in left.reason
+    assert "forward is not that of LlamaMLP, which is known" in left.reason
     assert became(model) == {"act": "silu"}
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_block_that_only_looks_known_is_left_and_reported(seeded):
+    class Alike(nn.Module):
+        def __init__(self):
+            vars(self).update(vars(LlamaMLP()))
+
+        def forward(self, x):
+            return self.down_proj(self.act(self.gate_proj(x)) + self.up_proj(x))
+
+    model = replace(Alike())
+    assert type(model) is Alike
+    (left,) = report(model).left
+    assert left.reason == "its forward is no known form; register(Form(...)) adds one"
 
 
 def test_a_call_of_another_silu_is_left_and_reported(monkeypatch, seeded):

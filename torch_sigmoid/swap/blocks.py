@@ -54,7 +54,8 @@ def record_of(module: torch.nn.Module) -> Original | None:
     return record
 
 
-# fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise.
+# fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise, and so does
+# register_parametrization, whose ParametrizedExperts(Experts) has the parametrized tensors as properties.
 
 
 def _wrapping_types() -> tuple[type, ...]:
@@ -68,11 +69,18 @@ def _wrapping_types() -> tuple[type, ...]:
 
 
 def bare(module_type: Type) -> Type:
-    """The class below those that torch.distributed has put on top of it."""
+    """The class below those that torch has put on top of it."""
     wrapping = _wrapping_types()
-    while len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping:
-        module_type = module_type.__bases__[1]
+    while _is_parametrized(module_type) or (len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping):
+        module_type = module_type.__bases__[-1]
     return module_type
+
+
+def _is_parametrized(module_type: Type) -> bool:
+    return (
+        module_type.__module__ == torch.nn.utils.parametrize.__name__
+        and module_type.__name__ == f"Parametrized{module_type.__bases__[0].__name__}"
+    )
 
 
 # The class of torch.distributed that a class of `_wrapped_like` was made of.
@@ -81,22 +89,26 @@ _wrapped_first: dict[Type, Type] = {}
 
 def _wrapped_like(wrapped: Type, new: Type) -> Type:
     """The class of `wrapped` on top of `new`; on top of what it was on first, the very class that it was."""
+    if _is_parametrized(wrapped):  # one for each module, and it changes
+        return _made_like(wrapped, new)
     first = _wrapped_first.get(wrapped, wrapped)
-    return first if new is bare(first) else _made_like(first, new)
+    return first if new is bare(first) else _made_once(first, new)
 
 
-@remembered
 def _made_like(wrapped: Type, new: Type) -> Type:
-    below = wrapped.__bases__[1]
+    below = wrapped.__bases__[-1]
     base = new if below is bare(wrapped) else _wrapped_like(below, new)
     names = {name: value for name, value in vars(wrapped).items() if name not in ("__dict__", "__weakref__")}
-    made = type(wrapped.__name__, (wrapped.__bases__[0], base), names)
+    made = type(wrapped.__name__, (*wrapped.__bases__[:-1], base), names)
     _wrapped_first[made] = wrapped
     return made
 
 
+_made_once = remembered(_made_like)
+
+
 def set_bare_type(module: torch.nn.Module, new: Type) -> None:
-    """Give a module another class, below those of torch.distributed."""
+    """Give a module another class, below those that torch has put on top."""
     wrapped = type(module)
     module.__class__ = new if bare(wrapped) is wrapped else _wrapped_like(wrapped, new)
 
