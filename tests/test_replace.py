@@ -273,6 +273,17 @@ def test_part_of_a_model_can_be_replaced_and_restored(model, x):
     assert became(model) == {name: operator for name, operator in ALL.items() if name != "tail.0"}
 
 
+def test_an_activation_of_a_fused_block_is_restored_with_its_block_only(model, x):
+    expected = model.mlp(x)
+    replace(model)
+    restore(model.mlp.act)
+    assert became(model) == ALL
+    torch.testing.assert_close(model.mlp(x), expected)
+    restore(model.mlp)
+    assert type(model.mlp.act) is nn.SiLU
+    assert torch.equal(model.mlp(x), expected)
+
+
 # Copies, pickles, wrappers
 
 

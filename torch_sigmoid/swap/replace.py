@@ -127,6 +127,8 @@ def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> Non
 def restore(model: _Model) -> _Model:
     """Undo `replace`: the modules it changed are their libraries' again. Returns `model`.
 
+    The activation of a fused block, which the block calls with two arguments, is restored with its block only.
+
     Raises:
         TypeError: `model` is not a module.
 
@@ -136,11 +138,15 @@ def restore(model: _Model) -> _Model:
           (0): Sigmoid()
         )
     """
-    for module in _modules(model, "restore"):
+    modules = list(_modules(model, "restore"))
+    blocks = [module for module in modules if RECORD in module.__dict__ and module.__dict__[RECORD].form]
+    restored_with_theirs = {id(child) for block in blocks for child in block.children()}
+    for module in modules:
         criteria.restore(module)
-        original = module.__dict__.pop(RECORD, None)
-        if original is None:
+        original = module.__dict__.get(RECORD)
+        if original is None or (bare(type(module)) in GATED.values() and id(module) not in restored_with_theirs):
             continue
+        del module.__dict__[RECORD]
         if issubclass(bare(type(module)), nn.Sigmoid):
             module.__dict__.pop("save", None)
             module.__dict__ |= {"save": original.save} if original.save else {}
