@@ -642,11 +642,18 @@ def test_a_class_that_was_patched_is_left_until_the_patch_is_gone(monkeypatch, s
     model = nn.Sequential(LlamaMLP(), nn.Sigmoid())
     assert became(replace(model)).keys() == {"0", "0.act", "1"}
     restore(model)
+
+    def patched(self, x):
+        return self.up_proj(x)
+
+    patched.__module__ = "another_library"
     with monkeypatch.context() as patch:
-        patch.setattr(LlamaMLP, "forward", lambda self, x: self.up_proj(x))
+        patch.setattr(LlamaMLP, "forward", patched)
         assert became(replace(model)) == {"0.act": "silu", "1": "sigmoid"}
         (left,) = report(model).left
         assert left.names == ["0"]
+        assert left.reason.startswith("the forward of its class was replaced by ")
+        assert left.reason.endswith("patched of another_library")
         restore(model)
         patch.setattr(nn.SiLU, "forward", lambda self, x: x)
         assert report(model).replaced == []

@@ -291,6 +291,9 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
         return None
     children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
     named_alike = any(names <= children for names in _CHILDREN_OF_GATED)
+    owner = next(base for base in module_type.__mro__ if "forward" in vars(base))
+    if named_alike and gates and innermost(forward).__module__ != owner.__module__:
+        return f"the forward of its class was replaced by {_whose(forward)}"
     if named_alike and tree_of(forward) is None:
         return "the source of its forward cannot be read"
     if ((gates or called_by(forward)) and named_alike) or _looks_gated(forward, block):
