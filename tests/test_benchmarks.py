@@ -237,12 +237,12 @@ def test_the_losses_have_files_of_their_own(monkeypatch, tmp_path):
 @not_interpreted
 @pytest.mark.skipif(not pairs.CLEAR.exists(), reason="a process's peak memory is known on Linux only")
 def test_the_memory_of_pairs_is_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
-    assert pairs.main(["--device", "cpu", "--pairs", "300", "4096", "--out", str(tmp_path)]) == 0
+    assert pairs.main(["--device", "cpu", "--pairs", "300", "2048", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / "pairs.json").read_text())["rows"]
-    assert [(row["pairs"], row["provider"]) for row in rows] == [(n, name) for n in (300, 4096) for name in ("torch", "ours")]
+    assert [(row["pairs"], row["provider"]) for row in rows] == [(n, name) for n in (300, 2048) for name in ("torch", "ours")]
     theirs, ours = (row["peak MiB"] for row in rows[2:])
     # Three matrices of all pairs at least; ours holds a sixteenth of each at a time.
-    assert theirs > 3 * 4 * 4096**2 / 2**20
+    assert theirs > 3 * 4 * 2048**2 / 2**20
     assert ours < theirs / 4
     monkeypatch.setitem(pairs.PROVIDERS, "ours", lambda *operands: 1.001 * siglip_loss(*operands))
     assert pairs.main(["--device", "cpu", "--pairs", "300", "--out", str(tmp_path / "wrong")]) == 1

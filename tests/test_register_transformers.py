@@ -33,7 +33,7 @@ CONFIGS = {
     "mamba": ("MambaConfig", {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
     "gemma2": ("Gemma2Config", SMALL | {"head_dim": 8}),
 }
-OURS = {name for name in CONFIGS if name != "gemma2"}
+OURS = [name for name in CONFIGS if name != "gemma2"]
 
 
 def config_of(name):
