@@ -3,7 +3,7 @@
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -42,9 +42,20 @@ class Original(NamedTuple):
     form: str = ""
     library: str = ""
     versions: str = ""
+    save: str | None = None
 
 
-# fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise.
+def record_of(module: torch.nn.Module) -> Original | None:
+    """What a module was before `replace`; None where it was not replaced, or its block was loaded unfused."""
+    record = module.__dict__.get(RECORD)
+    if record is None or (record.form and not issubclass(bare(type(module)), Fused)):
+        return None
+    assert isinstance(record, Original)
+    return record
+
+
+# fully_shard gives each module a class of its own, FSDPSigmoid(FSDPModule, Sigmoid); replicate does likewise, and so does
+# register_parametrization, whose ParametrizedExperts(Experts) has the parametrized tensors as properties.
 
 
 def _wrapping_types() -> tuple[type, ...]:
@@ -58,24 +69,46 @@ def _wrapping_types() -> tuple[type, ...]:
 
 
 def bare(module_type: Type) -> Type:
-    """The class below those that torch.distributed has put on top of it."""
+    """The class below those that torch has put on top of it."""
     wrapping = _wrapping_types()
-    while len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping:
-        module_type = module_type.__bases__[1]
+    while _is_parametrized(module_type) or (len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping):
+        module_type = module_type.__bases__[-1]
     return module_type
 
 
-@remembered
+def _is_parametrized(module_type: Type) -> bool:
+    return (
+        module_type.__module__ == torch.nn.utils.parametrize.__name__
+        and module_type.__name__ == f"Parametrized{module_type.__bases__[0].__name__}"
+    )
+
+
+# The class of torch.distributed that a class of `_wrapped_like` was made of.
+_wrapped_first: dict[Type, Type] = {}
+
+
 def _wrapped_like(wrapped: Type, new: Type) -> Type:
-    """The class of `wrapped` on top of `new`."""
-    below = wrapped.__bases__[1]
+    """The class of `wrapped` on top of `new`; on top of what it was on first, the very class that it was."""
+    if _is_parametrized(wrapped):  # one for each module, and it changes
+        return _made_like(wrapped, new)
+    first = _wrapped_first.get(wrapped, wrapped)
+    return first if new is bare(first) else _made_once(first, new)
+
+
+def _made_like(wrapped: Type, new: Type) -> Type:
+    below = wrapped.__bases__[-1]
     base = new if below is bare(wrapped) else _wrapped_like(below, new)
     names = {name: value for name, value in vars(wrapped).items() if name not in ("__dict__", "__weakref__")}
-    return type(wrapped.__name__, (wrapped.__bases__[0], base), names)
+    made = type(wrapped.__name__, (*wrapped.__bases__[:-1], base), names)
+    _wrapped_first[made] = wrapped
+    return made
+
+
+_made_once = remembered(_made_like)
 
 
 def set_bare_type(module: torch.nn.Module, new: Type) -> None:
-    """Give a module another class, below those of torch.distributed."""
+    """Give a module another class, below those that torch has put on top."""
     wrapped = type(module)
     module.__class__ = new if bare(wrapped) is wrapped else _wrapped_like(wrapped, new)
 
@@ -87,11 +120,12 @@ def kind_of(module: object) -> str | None:
     """The operator that a module is, if it is known to be one, whoever's class it has."""
     if not isinstance(module, torch.nn.Module) or has_own_methods(module, ("forward",)):
         return None
-    return _kind_of_type(bare(type(module)))
+    return kind_of_type(bare(type(module)))
 
 
-@remembered
-def _kind_of_type(module_type: Type) -> str | None:
+# Not remembered: somebody may put another forward on a class at any time.
+def kind_of_type(module_type: Type) -> str | None:
+    """The operator that the modules of a class are, where nobody has put something on the instance."""
     if kind := KINDS.get(module_type) or _KINDS_OF_OURS.get(module_type):
         return kind
     return next((each.kind for each in activations() if each.knows(module_type)), None)
@@ -117,7 +151,9 @@ class Fused:
     _fused_by: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (self._fused_from, self._fused_by), self.__dict__
+        # The state is what the class itself says: it may have a __getstate__ of its own.
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
+        return _rebuilt, (self._fused_from, self._fused_by), *state
 
     def _get_name(self) -> str:
         return f"{type(self).__name__}, fused"
@@ -125,7 +161,7 @@ class Fused:
 
 def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
     """An empty module of the fused class; of its own class where that is not known any more."""
-    known = tuple(form for form in _forms_of(module_type) if form.name in names)
+    known = tuple({form.method: form for form in reversed(_forms_of(module_type)) if form.name in names}.values())
     if len({form.name for form in known}) < len(set(names)):
         warnings.warn(
             f"{module_type.__name__} was fused by torch_sigmoid when it was saved, and its code has changed since: it is "
@@ -137,23 +173,18 @@ def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
     return module
 
 
-@remembered
-def _forms_at(module_type: Type, registered: int) -> tuple[Form, ...]:
-    del registered  # a key: what is known changes with it
-    known = [form for form in forms() if form.knows(module_type)]
-    # The same text may be known of several libraries.
-    library = module_type.__module__.split(".")[0]
-    known.sort(key=lambda form: form.library not in (library, BY_HAND))
-    return tuple({(form.method, form.activation): form for form in reversed(known)}.values())
-
-
 def _forms_of(module_type: Type) -> tuple[Form, ...]:
-    return _forms_at(module_type, hash(forms()))
+    """What is known of a class; what its own library has comes before what another writes alike."""
+    package = module_type.__module__.partition(".")[0]
+    known = [form for form in forms() if form.knows(module_type)]
+    return tuple(sorted(known, key=lambda form: form.library not in (package, BY_HAND)))
 
 
-@remembered
+_match = remembered(match)
+
+
 def _match_of(form: Form, function: Function) -> Match | None:
-    return next(filter(None, (match(function, rewrite) for rewrite in form.rewrites)), None)
+    return next(filter(None, (_match(function, rewrite) for rewrite in form.rewrites)), None)
 
 
 def activation_of(form: Form, module_type: Type) -> str | None:
@@ -165,15 +196,19 @@ def activation_of(form: Form, module_type: Type) -> str | None:
     return name if isinstance(name, str) else None
 
 
-@remembered
 def fused_type(module_type: Type, chosen: tuple[Form, ...]) -> Type:
     """The class of a block with the methods of these forms."""
+    return _fused_type(module_type, chosen, tuple(getattr(module_type, form.method) for form in chosen))
+
+
+@remembered
+def _fused_type(module_type: Type, chosen: tuple[Form, ...], originals: tuple[Function, ...]) -> Type:
     methods: dict[str, Any] = {}
-    for form in chosen:
+    for form, original in zip(chosen, originals):
         if form.forward is not None:
             methods[form.method] = form.forward
         else:
-            found = _match_of(form, getattr(module_type, form.method))
+            found = _match_of(form, original)
             assert found is not None
             methods[form.method] = found.written(hidden_name(form))
     names: dict[str, Any] = {
@@ -207,26 +242,35 @@ def plan(block: torch.nn.Module) -> Plan:
     known = _forms_of(module_type)
     if not known:
         return Plan(reason=_why_unknown(block, module_type))
-    if name := has_own_methods(block, tuple(form.method for form in known)):
+    if name := has_own_methods(block, tuple(name for form in known for name in form.methods)):
         return Plan(reason=f"its {name} was replaced by {_whose(block.__dict__[name])}")
     chosen: list[Form] = []
     gated: list[torch.nn.Module] = []
     reason = None
     for form in known:
+        if any(form.method == other.method for other in chosen):
+            continue
         attribute = activation_of(form, module_type)
         if form.activation is not None:
-            activation = getattr(block, attribute or "", None)
-            kind = kind_of(activation)
-            if activation is None or kind != form.activation:
+            if attribute is None:
+                reason = _unmatched(form)
+                continue
+            activation = getattr(block, attribute, None)
+            if not isinstance(activation, torch.nn.Module) or kind_of(activation) != form.activation:
                 continue
             if has_hooks(activation):
                 reason = f"{attribute} has hooks, which would see other tensors in a fused gate"
                 continue
             gated.append(activation)
         elif form.rewrites and _match_of(form, getattr(module_type, form.method)) is None:
+            reason = _unmatched(form)
             continue
         chosen.append(form)
     return Plan(tuple(chosen), tuple(gated), None if chosen else reason)
+
+
+def _unmatched(form: Form) -> str:
+    return f"no rewrite of {form.name!r} fits its {form.method}: it calls other functions than the known one, or is decorated"
 
 
 def _whose(function: Any) -> str:
@@ -235,31 +279,37 @@ def _whose(function: Any) -> str:
 
 
 def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
-    """A word where the block looks like one of ours: by the names of its children, or by a gate in its forward."""
-    children = {name for name, _ in block.named_children()} | set(block._parameters)
+    """A word where the block looks like one of ours: by its base, the names of its children, or a gate in its forward."""
+    gates = any(kind_of(child) in GATED for child in block.children())
+    for base in module_type.__mro__[1:]:
+        for form in _forms_of(base) if issubclass(base, torch.nn.Module) else ():
+            if gates or form.activation is None:
+                return f"its {form.method} is not that of {base.__name__}, which is known; register(Form(...)) adds one"
+    # A class of TorchScript has a forward on its instances only.
+    forward = getattr(module_type, "forward", None)
+    if forward is None:
+        return None
+    children = {name for named in (block.named_children(), block.named_parameters(recurse=False)) for name, _ in named}
     named_alike = any(names <= children for names in _CHILDREN_OF_GATED)
-    if named_alike and tree_of(module_type.forward) is None:
+    owner = next(base for base in module_type.__mro__ if "forward" in vars(base))
+    if named_alike and gates and innermost(forward).__module__ != owner.__module__:
+        return f"the forward of its class was replaced by {_whose(forward)}"
+    if named_alike and tree_of(forward) is None:
         return "the source of its forward cannot be read"
-    gates = any(kind_of(child) in GATED for child in block.children()) or bool(called_by(module_type.forward))
-    if (gates and named_alike) or _looks_gated(module_type, block):
+    if ((gates or called_by(forward)) and named_alike) or _looks_gated(forward, block):
         return "its forward is no known form; register(Form(...)) adds one"
     return None
 
 
-def _looks_gated(module_type: Type, block: torch.nn.Module) -> bool:
+def _looks_gated(forward: Function, block: torch.nn.Module) -> bool:
     for rewrite in _LOOKS_GATED:
-        found = _generic_match(module_type, rewrite)
+        found = _match(forward, rewrite)
         if found is None:
             continue
         activation = found.bound.get("ACT")
         if not isinstance(activation, str) or kind_of(getattr(block, activation, None)) in GATED:
             return True
     return False
-
-
-@remembered
-def _generic_match(module_type: Type, rewrite: Rewrite) -> Match | None:
-    return match(module_type.forward, rewrite)
 
 
 def changed_activation(module: torch.nn.Module) -> bool:

@@ -67,8 +67,13 @@ class FusedGate(torch.nn.Module):
     def operators(self) -> tuple[str, ...]:
         return ("sigmoid_focal_loss" if self.function == "detr_focal_loss" else self.function,)
 
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        # A tracer of fx knows the modules of a model by their names, and this one has none: it records the function.
+        traced = any(isinstance(each, torch.fx.Proxy) for each in args)
+        return self.forward(*args, **options) if traced else super().__call__(*args, **options)
+
     def forward(self, *args: Any, **options: Any) -> Any:
-        return _FUNCTIONS[self.function](*args, **options)
+        return FUNCTIONS[self.function](*args, **options)
 
     def layer_of(self, *args: Any, **options: Any) -> Call | None:
         """The layer that a call comes to; None of a loss."""
@@ -87,7 +92,7 @@ def detr_focal_loss(inputs: Tensor, targets: Tensor, num_boxes: Any, alpha: floa
     return torch.div(loss, num_boxes)
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "swiglu": ours.swiglu,
     "swiglu_packed": ours.swiglu_packed,
     "sigmoid_gate": ours.sigmoid_gate,

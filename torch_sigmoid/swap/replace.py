@@ -1,5 +1,6 @@
 """Ours in place of what a model is made of: its activations, gated blocks and losses."""
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .blocks import (
     hidden_name,
     kind_of,
     plan,
+    record_of,
     set_bare_type,
 )
 from .gates import GATED, FusedGate
@@ -69,7 +71,7 @@ def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Mode
     check_save(save)
     modules = list(_modules(model, "replace"))
     make_ours(modules, save, fuse)
-    if not any(RECORD in module.__dict__ or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
+    if not any(record_of(module) or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
         warnings.warn(_nothing(model, modules), stacklevel=2)
     return model
 
@@ -116,11 +118,12 @@ def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> Non
     ours = GATED[kind] if gated else OURS[kind]
     foreign = not issubclass(module_type, ours) and not is_ours(module)
     if kind == "sigmoid" and save == "input" and getattr(module, "inplace", False):
-        return
+        if not gated:
+            return
+        save = "output"
     if foreign or (gated and module_type is not ours):
-        before = module.__dict__.get(RECORD)
-        original = before.type if isinstance(before, Original) else module_type
-        module.__dict__[RECORD] = Original(original, f"{kind}, gated" if gated else kind)
+        before = module.__dict__.get(RECORD) or Original(module_type, kind, save=module.__dict__.get("save"))
+        module.__dict__[RECORD] = before._replace(became=f"{kind}, gated" if gated else kind)
         set_bare_type(module, ours)
     if isinstance(module, nn.Sigmoid) and RECORD in module.__dict__:
         module.save = save
@@ -128,6 +131,8 @@ def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> Non
 
 def restore(model: _Model) -> _Model:
     """Undo `replace`: the modules it changed are their libraries' again. Returns `model`.
+
+    The activation of a fused block, which the block calls with two arguments, is restored with its block only.
 
     Raises:
         TypeError: `model` is not a module.
@@ -138,16 +143,39 @@ def restore(model: _Model) -> _Model:
           (0): Sigmoid()
         )
     """
-    for module in _modules(model, "restore"):
+    modules = list(_modules(model, "restore"))
+    blocks = [module for module in modules if RECORD in module.__dict__ and module.__dict__[RECORD].form]
+    restored_with_theirs = {id(child) for block in blocks for child in block.children()}
+    for module in modules:
         criteria.restore(module)
-        original = module.__dict__.pop(RECORD, None)
-        if original is None:
+        original = module.__dict__.get(RECORD)
+        if original is None or (bare(type(module)) in GATED.values() and id(module) not in restored_with_theirs):
             continue
-        module.__dict__.pop("save", None)
+        del module.__dict__[RECORD]
+        if issubclass(bare(type(module)), nn.Sigmoid):
+            module.__dict__.pop("save", None)
+            module.__dict__ |= {"save": original.save} if original.save else {}
         for name in [name for name in module.__dict__ if name.startswith("_fused_")]:
             del module.__dict__[name]
         set_bare_type(module, original.type)
     return model
+
+
+@contextlib.contextmanager
+def restored(model: torch.nn.Module) -> Iterator[None]:
+    """`model` as it was before `replace`; afterwards each module is again what it is now."""
+    before = [(module, type(module), dict(module.__dict__)) for module in _modules(model, "restored")]
+    changed = []
+    try:
+        restore(model)
+        for module, module_type, attributes in before:
+            kept = {name: value for name, value in attributes.items() if module.__dict__.get(name, module) is not value}
+            changed.append((module, module_type, kept))
+        yield
+    finally:
+        for module, module_type, kept in changed:
+            module.__class__ = module_type
+            module.__dict__.update(kept)
 
 
 def _modules(model: torch.nn.Module, caller: str) -> Iterator[torch.nn.Module]:

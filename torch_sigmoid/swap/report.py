@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import nn
-from ..dispatch import Save
 from . import criteria
-from .blocks import RECORD, Original, bare, changed_activation, has_own_methods, kind_of, plan
-from .replace import is_ours, replace, restore
+from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, plan, record_of
+from .replace import is_ours, restored
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Report:
             )
         if self.saved_bytes is not None:
             before, after = self.saved_bytes
-            lines += ["", f"kept for backward of a step: {_mib(before)} → {_mib(after)} ({after / before - 1:+.0%})"]
+            lines += ["", f"kept for backward of a step: {_mib(before)} → {_mib(after)}"]
+            lines[-1] += f" ({after / before - 1:+.0%})" if before else ""
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -142,8 +141,7 @@ def report(model: torch.nn.Module, *, forward: Callable[[], object] | None = Non
 
 
 def _rows_of(module: torch.nn.Module) -> Iterator[tuple[str, str, str, str, str]]:
-    original = module.__dict__.get(RECORD)
-    if isinstance(original, Original):
+    if original := record_of(module):
         yield original.type.__name__, original.became, original.form, original.library, original.versions
     elif is_ours(module):
         yield bare(type(module)).__name__, "", "this package's own layer", "", ""
@@ -152,12 +150,14 @@ def _rows_of(module: torch.nn.Module) -> Iterator[tuple[str, str, str, str, str]
 
 
 def _why_left(module: torch.nn.Module) -> str | None:
-    if RECORD in module.__dict__ or is_ours(module):
+    if record_of(module) or is_ours(module):
         return None
     if changed_activation(module):
         return "its forward is not the one that is known of this class"
     if function := has_own_methods(module, ("forward",)):
-        return plan(module).reason or (f"its {function} was replaced on the instance" if kind_of_class(module) else None)
+        return plan(module).reason or (
+            f"its {function} was replaced on the instance" if kind_of_type(bare(type(module))) else None
+        )
     if kind_of(module) == "sigmoid":
         return (
             'its inplace=True overwrites the input that save="input" keeps'
@@ -170,32 +170,15 @@ def _why_left(module: torch.nn.Module) -> str | None:
     return "not replaced yet" if planned.forms else planned.reason
 
 
-def kind_of_class(module: torch.nn.Module) -> str | None:
-    """What a module would be without what was put on the instance."""
-    copy = object.__new__(bare(type(module)))
-    copy.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
-    return kind_of(copy)
-
-
 def _saved_bytes_both_ways(model: torch.nn.Module, forward: Callable[[], object]) -> tuple[int, int]:
-    records = [module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__]
-    has_loss = any(criteria.RECORD in module.__dict__ for module in model.modules())
-    if not records and not has_loss:
+    if not any(record_of(module) or criteria.RECORD in module.__dict__ for module in model.modules()):
         raise ValueError(
             "report(): nothing in the model was replaced, so there are no two ways to run forward; call replace first"
         )
     with _as_before(model):
         after = saved_bytes(forward)
-    fused = has_loss or any(record.form for record in records)
-    save: Save = next(
-        (each.save for each in model.modules() if RECORD in each.__dict__ and isinstance(each, nn.Sigmoid)), "output"
-    )
-    try:
-        restore(model)
-        with _as_before(model):
-            before = saved_bytes(forward)
-    finally:
-        replace(model, save=save, fuse=fused)
+    with restored(model), _as_before(model):
+        before = saved_bytes(forward)
     return before, after
 
 
@@ -204,12 +187,14 @@ def _as_before(model: torch.nn.Module) -> Iterator[None]:
     """Buffers and random generators keep their values."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"], device_type="cuda"):
-        yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"], device_type="cuda"):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:

@@ -106,6 +106,8 @@ def fingerprint(definition: ast.FunctionDef) -> str:
     def described(node: Any) -> str:
         if isinstance(node, list):
             return "[" + ",".join(map(described, node)) + "]"
+        if node is None:  # in {**x}, or an argument by keyword without a default
+            return ""
         if not isinstance(node, ast.AST):
             return repr(numbers.setdefault(node, len(numbers)) if isinstance(node, str) and node in local else node)
         if isinstance(node, ast.Constant):
@@ -140,8 +142,13 @@ class Rewrite:
     find: str
     put: str
 
+    @property
+    def capitals(self) -> set[str]:
+        """The names in capitals that are put."""
+        return _capitals(ast.parse(self.put))
+
     def __post_init__(self) -> None:
-        missing = _capitals(ast.parse(self.put)) - _capitals(ast.parse(self.find)) - {"FUSED"}
+        missing = self.capitals - _capitals(ast.parse(self.find)) - {"FUSED"}
         if missing:
             raise ValueError(f"Rewrite(): put uses {', '.join(sorted(missing))}, which find does not bind")
 
@@ -184,7 +191,7 @@ class _Matcher:
         )
 
     def _binds(self, name: str, value: Any, bound: Bound) -> bool:
-        if not isinstance(value, (ast.expr, str)):
+        if not isinstance(value, (ast.expr, str)) or isinstance(value, ast.Starred):
             return False
         if name in bound:
             return _same(bound[name], value)
@@ -285,28 +292,31 @@ class Match:
 
     def written(self, fused: str) -> Function:
         """The function, rewritten; `fused` is the attribute of self that FUSED stands for."""
-        return _through_decorators(self.function, _compiled(self._filled(fused), innermost(self.function)))
+        definition, _, _ = self.filled(fused)
+        return _through_decorators(self.function, _compiled(definition, innermost(self.function)))
 
-    def _filled(self, fused: str) -> ast.FunctionDef:
+    def filled(self, fused: str) -> tuple[ast.FunctionDef, list[ast.AST], list[ast.AST]]:
+        """The definition, rewritten; and the nodes that gave way, and those in their place."""
         definition = copy.deepcopy(self.definition)
         pattern = ast.parse(self.rewrite.find).body
         ((node, field, index, bound),) = _places(definition, pattern, _Matcher(_scope(self.function)))
         put = ast.parse(self.rewrite.put).body
         value = getattr(node, field)
-        old = value[index][0] if isinstance(index, slice) else value if index is None else value[index]
+        old = value if index is None else value[index]
         filler = _Filler(bound, fused)
         new: Any = [filler.visit(each) for each in put]
         if not isinstance(index, slice):
             (statement,) = new
             new = statement.value
-        for each in new if isinstance(new, list) else [new]:
+        olds, news = (each if isinstance(each, list) else [each] for each in (old, new))
+        for each in news:
             for inner in ast.walk(each):
-                ast.copy_location(inner, old)
+                ast.copy_location(inner, olds[0])
         if index is None:
             setattr(node, field, new)
         else:
             value[index] = new
-        return definition
+        return definition, olds, news
 
 
 def match(function: Function, rewrite: Rewrite) -> Match | None:
@@ -317,16 +327,39 @@ def match(function: Function, rewrite: Rewrite) -> Match | None:
     found = list(itertools.islice(_places(definition, ast.parse(rewrite.find).body, _Matcher(_scope(function))), 2))
     if len(found) != 1:
         return None
-    match = Match(function, definition, rewrite, found[0][3])
-    before, after = _stored(definition), _stored(match._filled("_"))
-    lost = before - after - {node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)}
-    if lost & {node.id for node in ast.walk(match._filled("_")) if isinstance(node, ast.Name)}:
-        return None
-    return match
+    found_once = Match(function, definition, rewrite, found[0][3])
+    return None if _loses_a_name(*found_once.filled("_")) or not _is_held(function) else found_once
 
 
-def _stored(definition: ast.FunctionDef) -> set[str]:
-    return {node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+def _loses_a_name(definition: ast.FunctionDef, old: list[ast.AST], new: list[ast.AST]) -> bool:
+    """Whether something reads a local that the old nodes assigned and the new ones do not."""
+    lost = _names(old, ast.Store) - _names(new, ast.Store)
+    # What the first of the old nodes reads, it reads as it was before them.
+    if lost & (_names(new, ast.Load) - _names(old[:1], ast.Load)):
+        return True
+    end = max((node.end_lineno, node.end_col_offset) for node in old if isinstance(node, ast.stmt)) if lost else (0, 0)
+    replaced = {id(node) for each in new for node in ast.walk(each)}
+    # A loop reads again what stands before, and an inner function reads when it is called.
+    anywhere = (ast.For, ast.While, ast.Lambda, ast.FunctionDef)
+    late = {
+        id(node)
+        for each in ast.walk(definition)
+        if each is not definition and isinstance(each, anywhere)
+        for node in ast.walk(each)
+    }
+    return any(
+        isinstance(node, ast.Name)
+        and node.id in lost
+        and isinstance(node.ctx, ast.Load)
+        and id(node) not in replaced
+        and ((node.lineno, node.col_offset) >= end or id(node) in late)
+        for node in ast.walk(definition)
+    )
+
+
+def _names(nodes: list[ast.AST], context: type[ast.expr_context]) -> set[str]:
+    names = (node for each in nodes for node in ast.walk(each) if isinstance(node, ast.Name))
+    return {node.id for node in names if isinstance(node.ctx, context)}
 
 
 def _scope(function: Function) -> dict[str, Any]:
@@ -338,7 +371,11 @@ def _compiled(definition: ast.FunctionDef, original: Any) -> Function:
     """The definition as a function that has all of the original's but its code."""
     cells = original.__code__.co_freevars
     # Names from an enclosing scope, such as the one that super() needs, must be free in the code as they were.
-    body: list[ast.stmt] = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
+    # The class around it, which gets the original's name, is for private names such as self.__gate.
+    owner = ast.parse(f"class {_owner(original)}: pass").body[0]
+    assert isinstance(owner, ast.ClassDef)
+    owner.body = [definition]
+    body: list[ast.stmt] = [owner, ast.Return(ast.Name(owner.name, ast.Load()))]
     outer = ast.parse(f"def outer({', '.join(cells)}): pass").body[0]
     assert isinstance(outer, ast.FunctionDef)
     outer.body = body
@@ -348,16 +385,26 @@ def _compiled(definition: ast.FunctionDef, original: Any) -> Function:
     definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
     definition.args.kw_defaults = [each and ast.Constant(None) for each in definition.args.kw_defaults]
     exec(compile(ast.fix_missing_locations(ast.Module([outer], [])), filename, "exec"), original.__globals__, namespace)
-    made = namespace["outer"](*(None for _ in cells))
+    (code,) = (
+        value.__code__
+        for value in vars(namespace["outer"](*(None for _ in cells))).values()
+        if isinstance(value, types.FunctionType)
+    )
     closure = {name: cell for name, cell in zip(cells, original.__closure__ or ())}
-    code = made.__code__
     function = types.FunctionType(
         code, original.__globals__, original.__name__, original.__defaults__, tuple(closure[name] for name in code.co_freevars)
     )
     function.__kwdefaults__ = original.__kwdefaults__
     function.__qualname__, function.__module__, function.__doc__ = original.__qualname__, original.__module__, original.__doc__
     function.__annotations__ = original.__annotations__
+    function.__dict__.update(original.__dict__)
     return function
+
+
+def _owner(method: Any) -> str:
+    """The name of the class that a method was defined in; "_", in which no name is private, for a function."""
+    owner: str = method.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    return owner if owner.isidentifier() else "_"
 
 
 def _through_decorators(outer: Any, made: Function) -> Function:
@@ -372,6 +419,15 @@ def _through_decorators(outer: Any, made: Function) -> Function:
     function.__dict__.update(outer.__dict__ | {"__wrapped__": made})
     function.__qualname__, function.__module__, function.__doc__ = outer.__qualname__, outer.__module__, outer.__doc__
     return function
+
+
+def _is_held(outer: Any) -> bool:
+    """Whether each decorator is a function that holds in a cell what it stands around, so that it can hold something else."""
+    while (inner := getattr(outer, "__wrapped__", None)) is not None:
+        if not isinstance(outer, types.FunctionType) or not any(_holds(cell, inner) for cell in outer.__closure__ or ()):
+            return False
+        outer = inner
+    return isinstance(outer, types.FunctionType)
 
 
 def _holds(cell: Any, value: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..gates import FUNCTIONS
 from ..trees import Function, Rewrite, fingerprint_of
 
 Known = tuple["str | Function", ...]
@@ -45,7 +46,9 @@ class Form:
         gate: with `forward`, the attribute that holds the activation.
 
     Raises:
-        ValueError: nothing is known, or there is neither a rewrite nor a method in its place.
+        TypeError: `known`, `rewrites` or `besides` is not a tuple.
+        ValueError: nothing is known, there is neither a rewrite nor a method in its place, or a rewrite puts `self.FUSED` or
+            `self.ACT` without `fused` or `activation`.
     """
 
     name: str
@@ -61,10 +64,18 @@ class Form:
     gate: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("known", "rewrites", "besides"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"Form({self.name!r}): {name} must be a tuple, got {type(getattr(self, name)).__name__}")
         if not self.known:
             raise ValueError(f"Form({self.name!r}): known must hold at least one method, got none")
         if bool(self.rewrites) == (self.forward is not None):
             raise ValueError(f"Form({self.name!r}): expected either rewrites or a forward")
+        if self.fused is not None and self.fused not in FUNCTIONS:
+            raise ValueError(f"Form({self.name!r}): fused must be one of {', '.join(FUNCTIONS)}, got {self.fused!r}")
+        for name, argument in (("FUSED", "fused"), ("ACT", "activation")):
+            if getattr(self, argument) is None and any(name in rewrite.capitals for rewrite in self.rewrites):
+                raise ValueError(f"Form({self.name!r}): a rewrite puts self.{name}; expected {argument} to say what that is")
         if self.activation not in (None, "silu", "sigmoid"):
             raise ValueError(f"Form({self.name!r}): activation must be 'silu', 'sigmoid' or None, got {self.activation!r}")
         _ = self.fingerprints
@@ -72,6 +83,11 @@ class Form:
     @functools.cached_property
     def fingerprints(self) -> frozenset[str]:
         return _fingerprints(self.known, f"Form({self.name!r})")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that must be known."""
+        return self.method, *(name for name, _ in self.besides)
 
     def knows(self, module_type: type[Any]) -> bool:
         """Whether the methods of this type are known."""
