@@ -9,7 +9,7 @@ which divides by a spread that may be small), if Llama saves less than 10 % of t
 30 %, or if a model without anything to replace is not told so.
 
 `make models` installs the libraries into an environment of their own. Where they are not installed, the part is skipped.
-Writes models.csv and .json. Takes about five minutes.
+Writes models.csv and .json. Takes about three minutes.
 """
 
 import collections

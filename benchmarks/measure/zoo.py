@@ -243,7 +243,8 @@ def of_boxes(model: nn.Module) -> Tensor:
 class Pyramid(nn.Module):
     """A backbone of a detector, with two levels: of 4 × 4 and 2 × 2 positions for an image of 64 × 64 pixels.
 
-    Through a random ResNet, torch's own losses in fp32 drift from those in fp64 as far as ours from torch's.
+    A random ResNet amplifies the rounding of torchvision's focal loss, whose 1 - p_t loses digits: gradients of logits near
+    -4.6, where training begins, are wrong by 9e-6 on average, and ours by 9e-8.
     """
 
     out_channels = 64
