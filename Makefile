@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing test lint types mutants bench figures gpu clean
+.PHONY: train vanishing test lint types mutants models bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -33,6 +33,10 @@ mutants: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mutants]"
 	$(RUN) -m benchmarks mutants $(ARGS)
 
+# Models of transformers, timm, torchvision, diffusers and open_clip, trained as they are and replaced; only an install needs a network.
+models: $(VENV)-models/installed
+	$(VENV)-models/bin/python -m benchmarks models $(ARGS)
+
 # Measures all that this machine can, into benchmarks/results/. `python -m benchmarks --help` lists the parts.
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks $(ARGS)
@@ -51,9 +55,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench]"
 	touch $@
 
+$(VENV)-models/installed: constraints-models.txt
+	$(PYTHON) -m venv $(VENV)-models
+	$(VENV)-models/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-models.txt
+	touch $@
+
 $(VENV)/installed-types: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[types]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-models build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -198,6 +198,19 @@ def pairs_lines(pairs: dict) -> list[dict]:
     return [line | {"ratio": line["ours"]["peak MiB"] / line["torch"]["peak MiB"]} for line in lines]
 
 
+def models_lines(models: dict) -> list[dict]:
+    def line(row):
+        name = f"{row['library']}: {row['model']}"
+        difference = f"{row['loss difference']:.1e}" if row["loss difference"] else "0"
+        kept = {"kept": "", "saved": ""}
+        if "saved" in row:
+            before, after = (f"{row[f'bytes kept, {whose}'] / 2**20:.2f}" for whose in ("torch", "ours"))
+            kept = {"kept": f"{before} → {after}", "saved": f"{100 * row['saved']:.1f} %"}
+        return row | kept | {"name": name, "difference": difference}
+
+    return [line(row) for row in models["rows"]]
+
+
 TABLES = {
     "accuracy": Table(
         "cpu/accuracy",
@@ -270,6 +283,17 @@ TABLES = {
         "watch | µs a step | overhead",
         "{watch} | {microseconds a step:.0f} | {overhead %:+.1f} %",
         "{rows[0][layers]} hidden layers of width {rows[0][width]}, batches of {rows[0][batch]}: {source}",
+    ),
+    "models": Table(
+        "models/models",
+        "model | became ours | largest relative loss difference | MiB kept for backward, torch → ours | saved "
+        "| time of a step ÷ torch's",
+        "{name} | {became ours} | {difference} | {kept} | {saved} | {time / torch:.2f}",
+        "{steps} AdamW steps each, in fp32; transformers {environment[transformers]}, timm {environment[timm]}, "
+        "torchvision {environment[torchvision]}, diffusers {environment[diffusers]}, open_clip {environment[open_clip]}: "
+        "{source}",
+        models_lines,
+        n_labels=2,
     ),
     "pairs": Table(
         "cpu/pairs",
@@ -381,7 +405,7 @@ def main(argv=None) -> int:
         folder, _, file = table.file.partition("/")
         if results := record.read(record.RESULTS / folder, file):
             update_page(name, table.write(results, record.RESULTS / folder))
-    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code")]
+    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code", "models")]
     if results := record.read(cpu, "speed"):
         update_page("speed", speed_table(results, cpu))
     update_page("gpu", gpu_tables(gpus))

@@ -17,7 +17,7 @@ from reference import FLOATS, ROUNDED_ONCE, SIXTEEN_BIT, all_patterns, is_normal
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
-from watched import gate_of, run, seen, watching
+from watched import gate_of, seen, watching
 
 import torch_sigmoid
 from benchmarks.measure import counts
@@ -679,11 +679,11 @@ def test_a_watch_knows_the_layer_and_its_mean_slope(operator, device):
     if row.torch_module:
         assert known_layers.known(row.torch_module()) == (row.watched.kind, scale, row.watched.lost_by_torch)
     assert isinstance(ours, known_layers.SIGMOID_LIKE)
-    x = random((37, 54), torch.float32, device, scale=4.0)
+    inputs = row.cases[""].operands(lambda *shape: random(shape, torch.float32, device, scale=4.0), 37, 54)
     with watching(ours) as watch:
-        run(ours, x)
+        ours(*(each.requires_grad_() for each in inputs)).sum().backward()
     slope_of = OPERATORS[row.watched.kind].exact[1]
-    slopes = [abs(scale * slope_of(scale * value)) / scale for value in gate_of(ours, x).flatten().tolist()]
+    slopes = [abs(scale * slope_of(scale * value)) / scale for value in gate_of(ours, *inputs).flatten().tolist()]
     assert seen(watch)["mean_derivative"] == pytest.approx(sum(slopes) / len(slopes), rel=1e-6)
     assert seen(watch)["least_derivative"] == pytest.approx(min(slopes), rel=1e-5, abs=1e-7)
 

@@ -118,6 +118,7 @@ def test_a_wheel_holds_the_kernels_and_works_outside_the_checkout(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert {"torch_sigmoid/kernels/sigmoid.py", "torch_sigmoid/py.typed"} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "torch_sigmoid").rglob("*.py")} <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     assert not any(name.endswith(".pyi") for name in names)
     code = (

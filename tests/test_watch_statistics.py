@@ -11,6 +11,7 @@ from watched import exact_derivative, gate_of, layers, run, seen, watching
 import torch_sigmoid
 from torch_sigmoid.diagnostics import GradientWatch, statistics
 from torch_sigmoid.diagnostics import layers as known_layers
+from torch_sigmoid.operators import Watched
 
 pytestmark = pytest.mark.ways("interpreter")
 
@@ -118,7 +119,8 @@ class QuickGELU(nn.Module):
 @pytest.mark.ways("interpreter", "ptx")
 def test_a_scaled_derivative_is_what_autograd_computes_in_float64(dtype, device, monkeypatch):
     """x·σ(1.702x) has the derivative silu'(1.702x)."""
-    monkeypatch.setitem(known_layers._OTHER_FORWARDS, QuickGELU.forward, known_layers.Known("silu", 1.702, "never"))
+    row = Watched("silu", "never", scale=lambda module: 1.702)
+    monkeypatch.setitem(known_layers._TORCHS_FORWARDS, QuickGELU.forward, row)
     x = random((37, 54), dtype, device, scale=4.0)
     with watching(layer := QuickGELU(), modules=QuickGELU) as watch:
         run(layer, x)

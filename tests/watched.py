@@ -62,8 +62,12 @@ def seen(watch, name="0"):
     return {key: value[-1] if isinstance(value, list) else value for key, value in layer.items()}
 
 
-def gate_of(layer, x):
-    return x.chunk(2, layer.dim)[1] if isinstance(layer, nn.GLU) else x
+def gate_of(layer, *inputs):
+    if isinstance(layer, nn.GLU):
+        return inputs[0].chunk(2, layer.dim)[1]
+    if isinstance(layer, torch_sigmoid.SwiGLUPacked):
+        return inputs[0].chunk(2, layer.dim)[0]
+    return inputs[isinstance(layer, torch_sigmoid.SigmoidGate)]
 
 
 def build(seed=0):

@@ -55,7 +55,7 @@ from .nn import (
     SwiGLUPacked,
 )
 from .operators import warmup
-from .swap import intercept, register, replace, report, restore
+from .swap import intercept, register, register_transformers, replace, report, restore, unregister_transformers
 
 __version__ = "0.2.0"
 
@@ -82,6 +82,7 @@ __all__ = [
     "path",
     "quick_gelu",
     "register",
+    "register_transformers",
     "replace",
     "report",
     "restore",
@@ -94,5 +95,6 @@ __all__ = [
     "swiglu",
     "swiglu_packed",
     "torch_below",
+    "unregister_transformers",
     "warmup",
 ]

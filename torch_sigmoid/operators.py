@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,41 @@ class Case:
     constants: tuple[int, ...] = ()
 
 
+class Gate(NamedTuple):
+    """What a call of a layer applies f to: x, which is `tensor`, one of those that it is called with, or a part along `dim`."""
+
+    tensor: Tensor
+    x: Tensor
+    dim: int | None = None
+
+    @classmethod
+    def packed(cls, tensor: Tensor, dim: int, part: int, interleaved: bool = False) -> "Gate | None":
+        """One half along `dim`, or every second number; None where the layer is about to refuse the tensor."""
+        if tensor.dim() == 0 or tensor.size(dim) % 2:
+            return None
+        dim %= tensor.dim()
+        half = tensor.size(dim) // 2
+        parts = tensor.unflatten(dim, (half, 2) if interleaved else (2, half))
+        return cls(tensor, parts.select(dim + interleaved, part), dim)
+
+    def below(self, limit: float | None) -> "Gate":
+        """The gate of a clamped form. Beyond the limit f' is 0, as it is of silu at -∞, for which such an x counts."""
+        return self if limit is None else self._replace(x=torch.where(self.x > limit, -math.inf, self.x))
+
+
 @dataclass(frozen=True)
 class Watched:
     """What a layer does to gradients: f'(x) = kind'(scale·x), for `GradientWatch`.
 
     `lost_by_torch` and `lost` say when the backward of torch's layer, and of ours, finds 0 where f' is a normal number.
+    `gate(module, *tensors)` is the x of a call, of a layer with a gate; of others it is the input.
     """
 
     kind: str
     lost_by_torch: str
     lost: str = "never"
     scale: Callable[[torch.nn.Module], float] = field(default=lambda module: 1.0)
+    gate: Callable[..., Gate | None] = field(default=lambda module, input: Gate(input, input))
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,18 @@ def weighted_cross_entropy(function: Callable[..., Tensor]) -> Callable[..., Ten
     return lambda x, t, weight, pos_weight: function(x, t, weight, pos_weight=pos_weight)
 
 
+# What a watch sees of the gates.
+
+
+def alpha_of(module: torch.nn.Module) -> float:
+    return cast(nn.SwiGLU, module).alpha
+
+
+def gate_of_packed(module: nn.SwiGLUPacked, packed: Tensor) -> Gate | None:
+    gate = Gate.packed(packed, module.dim, 0, module.interleaved)
+    return gate and gate.below(module.limit)
+
+
 # Operands
 
 
@@ -228,7 +264,9 @@ OPERATORS: dict[str, Row] = {
         nn.GLU,
         torch.nn.GLU,
         (F.glu,),
-        watched=Watched("sigmoid", "sigmoid rounds to 1"),
+        watched=Watched(
+            "sigmoid", "sigmoid rounds to 1", gate=lambda module, input: Gate.packed(input, cast(nn.GLU, module).dim, 1)
+        ),
     ),
     "sigmoid_gate": Row(
         "gates",
@@ -237,6 +275,7 @@ OPERATORS: dict[str, Row] = {
             "broadcast": Case("x·σ(g), one g a row", ours.sigmoid_gate, gated, one_gate_a_row, columns=256),
         },
         nn.SigmoidGate,
+        watched=Watched("sigmoid", "never", gate=lambda module, input, gate: Gate(gate, gate)),
     ),
     "swiglu": Row(
         "gates",
@@ -250,6 +289,7 @@ OPERATORS: dict[str, Row] = {
             ),
         },
         nn.SwiGLU,
+        watched=Watched("silu", "never", scale=alpha_of, gate=lambda module, gate, up: Gate(gate, gate).below(module.limit)),
     ),
     "swiglu_packed": Row(
         "gates",
@@ -263,6 +303,7 @@ OPERATORS: dict[str, Row] = {
             ),
         },
         nn.SwiGLUPacked,
+        watched=Watched("silu", "never", scale=alpha_of, gate=gate_of_packed),
     ),
     "binary_cross_entropy_with_logits": Row(
         "losses",
@@ -380,8 +421,7 @@ def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callab
     """Each function or layer to call, with the case that makes its operands."""
     for operator in operators:
         if isinstance(operator, torch.nn.Module):
-            rows = {row.module: row for row in OPERATORS.values()}
-            found = [(module, rows[type(module)].cases[""]) for module in operator.modules() if type(module) in rows]
+            found = [pair for module in operator.modules() for pair in _calls_of(module)]
             if not found:
                 raise ValueError(f"warmup(): {type(operator).__name__} has no layer of this package; call replace first?")
             yield from found
@@ -394,6 +434,17 @@ def _chosen(operators: Iterable[str | torch.nn.Module]) -> Iterator[tuple[Callab
                 yield case.function, case
         else:
             raise TypeError(f"warmup(): operators must be names or modules, got {operator!r}")
+
+
+def _calls_of(module: torch.nn.Module) -> Iterator[tuple[Callable[..., Tensor], Case]]:
+    """What a module calls, if it is a layer of this package, or if `replace` has fused a gate in it."""
+    for row in OPERATORS.values():
+        if type(module) is row.module:
+            yield module, row.cases[""]
+    for holder in (module, *vars(module).values()):
+        for name in getattr(holder, "operators", ()) if isinstance(holder, torch.nn.Module) else ():
+            for case in OPERATORS[name].cases.values():
+                yield case.function, case
 
 
 def _run_once(function: Callable[..., Tensor], case: Case, device: torch.device, dtype: torch.dtype) -> None:

@@ -66,7 +66,8 @@ def troubles(layers: list[dict[str, Any]]) -> list[Trouble]:
     """What is wrong, in the order in which to mend it.
 
     Args:
-        layers: in the model's order; of each, its "name", its "kind", and the statistics of `GradientWatch.to_dict` as numbers.
+        layers: in the model's order; of each, its "name", its "kind", whether it "has_operand" beside its gate, and the
+            statistics of `GradientWatch.to_dict` as numbers.
     """
 
     def named(condition: Callable[[dict[str, Any]], object]) -> list[str]:
@@ -103,6 +104,8 @@ def _vanished(layers: list[dict[str, Any]], lost: list[str]) -> list[Trouble]:
         unsent = [layer["name"] for layer in layers if not layer["not_finite"]]
         return [Trouble("NO GRADIENT", unsent, [NO_GRADIENT])]
     limit = VANISHED * largest
+    # The gradient goes on by a gate's operand, too: a small one of the gate alone is no sign that it has vanished.
+    layers = [layer for layer in layers if not layer["has_operand"]]
     inside = Trouble("VANISHED", [], [])
     between = Trouble("VANISHED BETWEEN WATCHED LAYERS", [], [])
     # Follow the gradient backward; `start` is the layer that it entered with most since it was last below the limit.

@@ -4,19 +4,22 @@ import fnmatch
 import math
 import warnings
 import weakref
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..internals import is_compiled
-from ..operators import OPERATORS
+from ..operators import OPERATORS, Gate, Watched
+from ..swap.gates import FusedGate, GatedSigmoid, GatedSiLU
 from ..swap.intercept import intercepted_save
+from .gradients import is_readable
 
 # Watched by default; `modules=(*SIGMOID_LIKE, MyGate)` adds to them.
 SIGMOID_LIKE: tuple[type[torch.nn.Module], ...] = (
     *(row.torch_module or row.module for row in OPERATORS.values() if row.watched),
+    FusedGate,
     torch.nn.Hardsigmoid,
     torch.nn.Tanh,
     torch.nn.ReLU,
@@ -36,25 +39,72 @@ class Known(NamedTuple):
 
 _UNKNOWN = Known(None, 1.0, "never")
 # What there is beside the operators of this package.
-_OTHERS: dict[type[torch.nn.Module], Known] = {
-    torch.nn.Hardsigmoid: Known("hardsigmoid", 1.0, "never"),
-    torch.nn.Tanh: Known("tanh", 1.0, "tanh rounds to ±1"),
-    torch.nn.ReLU: Known("relu", 1.0, "never"),
+_OTHERS: dict[type[torch.nn.Module], Watched] = {
+    torch.nn.Hardsigmoid: Watched("hardsigmoid", "never"),
+    torch.nn.Tanh: Watched("tanh", "tanh rounds to ±1"),
+    torch.nn.ReLU: Watched("relu", "never"),
 }
 # A subclass computes what its `forward` computes: one that brings its own is unknown.
-_OTHER_FORWARDS = {module_type.forward: row for module_type, row in _OTHERS.items()}
-_OUR_FORWARDS = {row.module.forward: row.watched for row in OPERATORS.values() if row.watched}
-_TORCHS_FORWARDS = {row.torch_module.forward: row.watched for row in OPERATORS.values() if row.watched and row.torch_module}
+_TORCHS_FORWARDS: dict[Any, Watched] = {
+    **{module_type.forward: row for module_type, row in _OTHERS.items()},
+    **{row.torch_module.forward: row.watched for row in OPERATORS.values() if row.watched and row.torch_module},
+}
+_OUR_FORWARDS: dict[Any, Watched | None] = {
+    **{row.module.forward: row.watched for row in OPERATORS.values() if row.watched},
+    **{gated.forward: OPERATORS[name].watched for name, gated in (("silu", GatedSiLU), ("sigmoid", GatedSigmoid))},
+}
+# What `replace` puts into fused blocks: each call comes to a layer of this package.
+_FUSED = frozenset((GatedSiLU.forward, GatedSigmoid.forward, FusedGate.forward))
+
+
+def _row(module: torch.nn.Module) -> Watched | None:
+    """Look up a module by the type whose `forward` it runs."""
+    forward = type(module).forward
+    if isinstance(module, FusedGate):
+        return OPERATORS[module.function].watched if module.function in OPERATORS else None
+    return _OUR_FORWARDS.get(forward) or _TORCHS_FORWARDS.get(forward)
 
 
 def known(module: torch.nn.Module) -> Known:
-    """Look up a module by the type whose `forward` it runs."""
-    forward = type(module).forward
-    if watched := _OUR_FORWARDS.get(forward):
-        return Known(watched.kind, watched.scale(module), watched.lost)
-    if watched := _TORCHS_FORWARDS.get(forward):
-        return Known(watched.kind, watched.scale(module), watched.lost_by_torch)
-    return _OTHER_FORWARDS.get(forward, _UNKNOWN)
+    """What is known of a module's calls; where they bring its options, of a call with none."""
+    row = _row(module)
+    if row is None:
+        return _UNKNOWN
+    lost = row.lost_by_torch if type(module).forward in _TORCHS_FORWARDS else row.lost
+    return Known(row.kind, 1.0 if type(module).forward in _FUSED else row.scale(module), lost)
+
+
+class Call(NamedTuple):
+    """What is known of a call, what it applies its activation to, and whether it multiplies another tensor with that."""
+
+    known: Known
+    gate: Gate
+    has_operand: bool
+
+    @property
+    def x(self) -> Tensor:
+        """As (outer, units, inner)."""
+        return units_in_the_middle(self.gate.x, self.gate.dim)
+
+
+def call_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """What a call is; None of an unknown module, of an empty input, and where the module is about to refuse the call."""
+    layer: Any = module
+    try:
+        if type(module).forward in _FUSED:
+            layer, args = layer.layer_of(*args, **kwargs)
+            kwargs = {}
+        row = _row(layer)
+        if row is None or not all(map(is_readable, (*args, *kwargs.values()))):
+            return None
+        gate = row.gate(layer, *args, **kwargs)
+    except (TypeError, ValueError, IndexError):
+        # The module will say what is wrong, in its own words.
+        return None
+    if gate is None or not gate.x.numel():
+        return None
+    about = known(layer)
+    return Call(about._replace(lost_when=_lost_when(about, layer, gate.x)), gate, len(args) + len(kwargs) > 1)
 
 
 class Layer(NamedTuple):
@@ -71,7 +121,7 @@ class Layer(NamedTuple):
         return self.known.kind or "?" if module is None else type(module).__name__
 
 
-def lost_when(layer: Layer, module: torch.nn.Module, x: Tensor) -> str:
+def _lost_when(about: Known, module: torch.nn.Module, x: Tensor) -> str:
     """When this call's backward will return 0, as a key of LOST_WHEN.
 
     Usually the row of the module's type says it; `save`, an `intercept` around the call and the device can change it.
@@ -86,26 +136,14 @@ def lost_when(layer: Layer, module: torch.nn.Module, x: Tensor) -> str:
     if forward is torch.nn.GLU.forward and x.device.type == "cuda":
         # There torch's backward computes σ from the gate, in fp32; elsewhere in the tensor's dtype.
         return "sigmoid rounds to 1 in fp32"
-    return layer.known.lost_when
-
-
-def activated(module: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """Select the x that the activation is applied to, as (outer, units, inner): the whole input, or the gate of a GLU.
-
-    A unit is a feature of the last dimension, or a channel (dimension 1) of an input with four dimensions or more.
-    None where there is nothing to count: an empty input, or one that the module is about to refuse.
-    """
-    dim = None
-    if isinstance(module, torch.nn.GLU):
-        dim = module.dim
-        if x.dim() == 0 or x.size(dim) % 2:
-            return None
-        x = x.chunk(2, dim)[1]
-    return units_in_the_middle(x, dim) if x.numel() else None
+    return about.lost_when
 
 
 def units_in_the_middle(x: Tensor, dim: int | None = None) -> Tensor:
-    """Reshape x to (outer, units, inner), with the units along `dim` where that is given."""
+    """Reshape x to (outer, units, inner), with the units along `dim` where that is given.
+
+    Otherwise a unit is a feature of the last dimension, or a channel (dimension 1) of an input with four dimensions or more.
+    """
     if dim is not None:
         dim %= x.ndim
         return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
@@ -121,7 +159,7 @@ def find(model: torch.nn.Module, modules: Iterable[type | str] | type | str | No
     Warns of those inside modules compiled by torch.compile, where no hook can see.
     """
     types, patterns = _chosen(modules)
-    everything = list(model.named_modules())
+    everything = list(_named_modules(model))
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in everything):
             raise ValueError(
@@ -154,6 +192,16 @@ def find(model: torch.nn.Module, modules: Iterable[type | str] | type | str | No
         Layer(index, name or root, weakref.ref(module), known(module))
         for index, (name, module) in enumerate((name, module) for name, module in found if name not in inside)
     ]
+
+
+def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """All modules, and the gates that `replace` has put beside the children of a block, such as "layers.0.mlp.swiglu"."""
+    for prefix, module in model.named_modules():
+        yield prefix, module
+        for attribute, gate in vars(module).items():
+            if isinstance(gate, FusedGate) and _row(gate) is not None:
+                name = attribute if hasattr(module, gate.function) else gate.function
+                yield f"{prefix}.{name}" if prefix else name, gate
 
 
 def _chosen(modules: Iterable[type | str] | type | str | None) -> tuple[tuple[type, ...], list[str]]:

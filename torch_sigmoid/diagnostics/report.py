@@ -33,6 +33,7 @@ saturated          inputs where |f'| is below {threshold:g}: hardly any gradient
 lost to rounding   inputs whose gradient comes out as exactly 0 although |f'| is a normal number of the dtype.
 dead units         units saturated on every sample of the last {dead_after} watched calls; – before that many were watched.
 ‖grad‖ in, out     norms of the gradient as it enters the layer in backward, and as it leaves; out / in is what it keeps.
+                   Of a gate that multiplies another tensor, by which the gradient goes on too, out is the gate's alone.
 between            ‖grad‖ in of the layer listed above over ‖grad‖ out of this one: what Linears, normalisation, residual
                    connections and layers that are not watched multiply gradients by. Layers stand in the model's order.
 Only modules are watched: direct calls such as torch.sigmoid(x), F.sigmoid(x) and F.silu(x) are invisible here, and what they

@@ -210,12 +210,14 @@ def derived(totals: Tensor) -> dict[str, float | None]:
 def between(layers: list[dict[str, Any]]) -> list[float | None]:
     """For each layer, "entering" of the one before it that has a gradient, over its own "leaving"; None where one is missing.
 
-    If one feeds the other, the modules between the two multiply the gradient by this ratio.
+    If one feeds the other, the modules between the two multiply the gradient by this ratio. None too of a layer that multiplies
+    its gate with another tensor, by which the gradient goes on as well.
     """
     ratios: list[float | None] = []
     before: float | None = None
     for layer in layers:
-        ratios.append(before / layer["leaving"] if layer["leaving"] and before is not None else None)
+        is_known = layer["leaving"] and before is not None and not layer["has_operand"]
+        ratios.append(before / layer["leaving"] if is_known else None)
         before = before if layer["entering"] is None else layer["entering"]
     return ratios
 

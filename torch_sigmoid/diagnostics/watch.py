@@ -50,10 +50,14 @@ class GradientWatch:
     - not_finite: how many elements of these two gradients are infinite or NaN. The norms leave them out;
     - dead_units: how many of `units` were saturated on every sample of the last `dead_after` watched calls; both are None
       until there were that many. A unit is a feature of the last dimension, or a channel (dimension 1) where the input has four
-      dimensions or more; of a GLU, of its gate along its dim. For a layer called with inputs of many sizes, the last few
+      dimensions or more; of a packed gate, along its dim. For a layer called with inputs of many sizes, the last few
       count, each once there were `dead_after` calls with it.
 
-    For torch.nn.GLU, x is the gate. For modules whose derivative is not known, only the norms are taken.
+    Of a layer with a gate, such as GLU and SwiGLU, x is the gate, f its σ or silu, and the output is the product: `leaving` is
+    then the norm of the gradient of the gate alone, or of the tensor in which it is packed. Beyond the `limit` of a clamped
+    form f' is 0, so such an x counts as saturated. Blocks that `replace` has fused are watched too: by the activation that they
+    had, or, where they had none, under the name of the operator, as "layers.0.mlp.swiglu". For modules whose derivative is
+    not known, only the norms are taken.
 
     A step ends when a torch.optim optimizer that holds a parameter of the model has stepped, or with `step()`: several
     backwards before that add up, as do several calls of one module.
@@ -108,6 +112,8 @@ class GradientWatch:
         self._layers = layers.find(model, modules)
         self._totals = totals.Totals(len(self._layers), history)
         self._reader = gradients.Reader(self._totals)
+        # Indices of layers that were called with a gate and another tensor.
+        self._with_operand: set[int] = set()
         self._handles: list[RemovableHandle] = []
         # Whether an optimizer holds a parameter of the model, and how many groups it had when it was asked.
         self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
@@ -190,12 +196,14 @@ class GradientWatch:
         pending.pop(layer.index, None)
         if not self._is_sampling:
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if gradients.is_readable(leaf)]
-        inputs = {gradients.edge_of(tensor) for tensor in tensors if tensor.requires_grad}
+        with torch.no_grad():
+            call = layers.call_of(module, args, kwargs)
+        tensors = tree_leaves((args, kwargs)) if call is None else [call.gate.tensor]
+        inputs = {gradients.edge_of(each) for each in tensors if gradients.is_readable(each) and each.requires_grad}
         pending[layer.index] = inputs, next_node_number()
-        if tensors and layer.known.kind is not None:
-            with torch.no_grad(), gradients.no_autocast(tensors[0]):
-                self._add_input(layer, module, tensors[0])
+        if call is not None:
+            with torch.no_grad(), gradients.no_autocast(call.gate.tensor):
+                self._add_input(layer, call)
 
     def _after(self, layer: Layer, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After a watched module has run: hook the nodes that it made, which its gradients will pass."""
@@ -213,12 +221,11 @@ class GradientWatch:
         pending: dict[int, tuple[set[gradients.Edge], int]] = self._local.pending
         return pending
 
-    def _add_input(self, layer: Layer, module: torch.nn.Module, input: Tensor) -> None:
-        kind, scale, _ = layer.known
-        x = layers.activated(module, input)
-        if x is None or kind is None:
-            return
-        lost_when = layers.lost_when(layer, module, x)
+    def _add_input(self, layer: Layer, call: layers.Call) -> None:
+        if call.has_operand:
+            self._with_operand.add(layer.index)
+        x, (kind, scale, lost_when) = call.x, call.known
+        assert kind is not None, "call_of gives no call of an unknown module"
         limits = statistics.bounds(kind, lost_when, x.dtype, self.threshold, x.device, scale)
         self._totals.add_input(layer.index, x, kind, scale, limits)
 
@@ -277,7 +284,8 @@ class GradientWatch:
         rows, seen = rows[-(last or 0) :], totals.merged_rows(seen[-(last or 0) :])
         found = []
         for layer, (dead, units) in zip(self._layers, self._totals.dead_units(self.dead_after)):
-            about = {"name": layer.name, "type": layer.type_name, "kind": layer.known.kind}
+            about: dict[str, Any] = {"name": layer.name, "type": layer.type_name, "kind": layer.known.kind}
+            about["has_operand"] = layer.index in self._with_operand
             found.append(about | totals.derived(seen[layer.index]) | {"dead_units": dead, "units": units})
         report.write(found, rows, file, every=self.every, threshold=self.threshold, dead_after=self.dead_after)
 

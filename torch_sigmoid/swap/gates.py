@@ -14,31 +14,43 @@ from torch import Tensor
 from .. import functional as ours
 from .. import nn
 
+# A layer of this package, with its options, and the tensors that it is called with.
+Call = tuple[torch.nn.Module, tuple[Tensor, ...]]
+
 
 class GatedSiLU(nn.SiLU):
     """silu(gate)·up, called with both or with the packed tensor that they are the halves of; of one tensor it is silu."""
+
+    # For `warmup`.
+    operators = "silu", "swiglu", "swiglu_packed"
 
     def forward(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
             return ours.swiglu_packed(input, packed_dim)
         return super().forward(input) if up is None else ours.swiglu(input, up)
 
-    def gate_of(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
-        """What a call applies silu to."""
-        return input if packed_dim is None else input.chunk(2, packed_dim)[0]
+    def layer_of(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Call:
+        """The layer that a call comes to."""
+        if packed_dim is not None:
+            return nn.SwiGLUPacked(packed_dim), (input,)
+        return (nn.SiLU(), (input,)) if up is None else (nn.SwiGLU(), (input, up))
 
 
 class GatedSigmoid(nn.Sigmoid):
     """operand·σ(gate), called with gate and operand or with a packed tensor, its halves operand and gate; of one tensor σ."""
+
+    operators = "sigmoid", "sigmoid_gate", "glu"
 
     def forward(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
             return ours.glu(input, packed_dim)
         return super().forward(input) if operand is None else ours.sigmoid_gate(operand, input)
 
-    def gate_of(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
-        """What a call applies σ to."""
-        return input if packed_dim is None else input.chunk(2, packed_dim)[1]
+    def layer_of(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Call:
+        """The layer that a call comes to."""
+        if packed_dim is not None:
+            return nn.GLU(packed_dim), (input,)
+        return (nn.Sigmoid(save=self.save), (input,)) if operand is None else (nn.SigmoidGate(), (operand, input))
 
 
 GATED: dict[str, type[torch.nn.Module]] = {"silu": GatedSiLU, "sigmoid": GatedSigmoid}
@@ -51,6 +63,10 @@ class FusedGate(torch.nn.Module):
         super().__init__()
         self.function = function
 
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return ("sigmoid_focal_loss" if self.function == "detr_focal_loss" else self.function,)
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         # A tracer of fx knows the modules of a model by their names, and this one has none: it records the function.
         traced = any(isinstance(each, torch.fx.Proxy) for each in args)
@@ -59,15 +75,12 @@ class FusedGate(torch.nn.Module):
     def forward(self, *args: Any, **options: Any) -> Any:
         return FUNCTIONS[self.function](*args, **options)
 
-    def gate_of(self, *args: Any, **options: Any) -> Tensor | None:
-        """What a call applies silu or σ to; None of a loss."""
-        index = {"swiglu": 0, "swiglu_packed": 0, "sigmoid_gate": 1}.get(self.function)
-        if index is None:
+    def layer_of(self, *args: Any, **options: Any) -> Call | None:
+        """The layer that a call comes to; None of a loss."""
+        if self.function not in _LAYERS:
             return None
-        gate: Tensor = args[index]
-        if self.function != "swiglu_packed":
-            return gate
-        return gate[..., ::2] if options.get("interleaved") else gate.chunk(2, options.get("dim", -1))[0]
+        layer, n_tensors = _LAYERS[self.function]
+        return layer(*args[n_tensors:], **options), args[:n_tensors]
 
     def extra_repr(self) -> str:
         return self.function
@@ -86,4 +99,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sigmoid_focal_loss": ours.sigmoid_focal_loss,
     "siglip_loss": ours.siglip_loss,
     "detr_focal_loss": detr_focal_loss,
+}
+
+# The layers of those that are gates, and how many tensors they take.
+_LAYERS: dict[str, tuple[type[torch.nn.Module], int]] = {
+    "swiglu": (nn.SwiGLU, 2),
+    "swiglu_packed": (nn.SwiGLUPacked, 1),
+    "sigmoid_gate": (nn.SigmoidGate, 2),
 }

@@ -70,15 +70,20 @@ def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Mode
     """
     check_save(save)
     modules = list(_modules(model, "replace"))
+    make_ours(modules, save, fuse)
+    if not any(record_of(module) or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
+        warnings.warn(_nothing(model, modules), stacklevel=2)
+    return model
+
+
+def make_ours(modules: list[torch.nn.Module], save: Save, fuse: bool = True) -> None:
+    """Replace what is ours among the modules of a model."""
     gated = set()
     if fuse:
         for block in modules:
             gated |= _fuse(block)
     for module in modules:
         _replace_activation(module, save, id(module) in gated)
-    if not any(record_of(module) or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
-        warnings.warn(_nothing(model, modules), stacklevel=2)
-    return model
 
 
 def is_ours(module: torch.nn.Module) -> bool:
