@@ -245,6 +245,7 @@ def test_a_fused_block_computes_what_the_original_does(module, name, make, input
     assert isinstance(fused, block)
     assert_close(step(fused, inputs, method), expected)
     # Back: the same class, attributes and numbers, to the bit.
+    assert type(copy.deepcopy(fused)) is type(fused)
     restore(fused)
     assert type(fused) is block
     assert {key: vars(each).keys() for key, each in fused.named_modules()} == {k: each.keys() for k, each in attributes.items()}
