@@ -6,10 +6,8 @@ Libraries that are not installed are skipped; transformers is in the `test` extr
 import ast
 import copy
 import importlib
-import importlib.util
 import inspect
 import linecache
-import os
 import textwrap
 import types
 import warnings
@@ -19,20 +17,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
-
 from torch_sigmoid import replace, restore
 from torch_sigmoid.swap import Rewrite, forms, report, trees
 from torch_sigmoid.swap.forms import fingerprint_of
 
-pytestmark = [
-    # transformers' own use of what torch has deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
-]
-
 LIBRARIES = "transformers", "timm", "torchvision", "diffusers", "open_clip"
-installed = {name: importlib.util.find_spec(name) is not None for name in LIBRARIES}
 
 # All that the blocks below ask of a model's configuration.
 CONFIG = types.SimpleNamespace(
@@ -256,6 +245,7 @@ def test_a_fused_block_computes_what_the_original_does(module, name, make, input
     assert isinstance(fused, block)
     assert_close(step(fused, inputs, method), expected)
     # Back: the same class, attributes and numbers, to the bit.
+    assert type(copy.deepcopy(fused)) is type(fused)
     restore(fused)
     assert type(fused) is block
     assert {key: vars(each).keys() for key, each in fused.named_modules()} == {k: each.keys() for k, each in attributes.items()}
@@ -441,7 +431,7 @@ def test_a_replaced_llama_is_saved_and_loaded(tmp_path):
     model = tiny().eval()
     expected = model(IDENTIFIERS).logits
     replace(model).save_pretrained(tmp_path)
-    loaded = type(tiny()).from_pretrained(tmp_path).eval()
+    loaded = type(tiny()).from_pretrained(tmp_path, local_files_only=True).eval()
     assert [type(each) for each in loaded.modules()] == [type(each) for each in tiny().modules()]
     assert torch.equal(loaded(IDENTIFIERS).logits, expected)
     assert fused_names(replace(loaded)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -452,13 +442,14 @@ def test_a_root_that_is_fused_is_saved_under_its_own_name(tmp_path):
     model = replace(made(lambda model: siglip(model, image_size=8), block).float())
     assert "(the model)" in fused_names(model)
     model.save_pretrained(tmp_path)
-    loaded = block.from_pretrained(tmp_path)
+    loaded = block.from_pretrained(tmp_path, local_files_only=True)
     assert loaded.config.architectures == ["SiglipModel"]
     assert type(loaded) is block
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:`\\w*gradient_checkpointing\\w*` is deprecated:FutureWarning")
 def test_gradient_checkpointing_of_transformers(use_reentrant):
     model = tiny().double().train()
     expected = loss_and_gradients(model)

@@ -161,7 +161,11 @@ class Fused:
 
 def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
     """An empty module of the fused class; of its own class where that is not known any more."""
-    known = tuple({form.method: form for form in reversed(_forms_of(module_type)) if form.name in names}.values())
+    found: dict[str, Form] = {}
+    for form in _forms_of(module_type):
+        if form.name in names:
+            found.setdefault(form.method, form)
+    known = tuple(found.values())
     if len({form.name for form in known}) < len(set(names)):
         warnings.warn(
             f"{module_type.__name__} was fused by torch_sigmoid when it was saved, and its code has changed since: it is "
