@@ -101,6 +101,7 @@ CONCERNED = {
     "torch_sigmoid/swap/forms/timm.py": ("device forms",),
     "torch_sigmoid/swap/forms/torchvision.py": ("device forms",),
     "torch_sigmoid/swap/forms/transformers.py": ("device forms",),
+    "torch_sigmoid/swap/functions.py": ("device trees replace",),
     "torch_sigmoid/swap/gates.py": ("device replace forms watch_gates",),
     "torch_sigmoid/swap/intercept.py": ("device intercept operators modules tracing",),
     "torch_sigmoid/swap/places.py": ("device intercept",),

@@ -9,8 +9,9 @@ import torch
 
 from ..operators import OPERATORS
 from .forms import BY_HAND, Form, activations, forms
+from .functions import Function, innermost
 from .gates import GATED
-from .trees import Function, Match, Rewrite, called_by, innermost, match, remembered, tree_of
+from .trees import Match, Rewrite, called_by, match, remembered, tree_of
 
 Type = type[torch.nn.Module]
 

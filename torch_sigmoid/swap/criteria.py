@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from .functions import Function
 from .gates import FusedGate
-from .trees import Function, Rewrite, fingerprint_of, match, remembered
+from .trees import Rewrite, fingerprint_of, match, remembered
 
 # The method of a criterion that is known, and its rewrite.
 METHOD, KNOWN = "loss_labels", ("3802891fcb38e3c8",)

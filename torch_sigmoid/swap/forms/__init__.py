@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..functions import Function
 from ..gates import FUNCTIONS
-from ..trees import Function, Rewrite, fingerprint_of
+from ..trees import Rewrite, fingerprint_of
 
 Known = tuple["str | Function", ...]
 
