@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch_sigmoid.swap import Rewrite, trees
+from torch_sigmoid.swap import Rewrite, functions, trees
 from torch_sigmoid.swap.forms import fingerprint_of
 
 PRODUCT = Rewrite("self.ACT(GATE) * UP", "self.ACT(GATE, UP)")
@@ -128,7 +128,7 @@ TEXTS = (
     "def f(self, x):\n    def inner(y: int) -> int:\n        'doc'\n        return y\n    try:\n        x = (n := inner(x))\n"
     "    except* ValueError as e:\n        pass\n    return n",
 )
-# Loads the module by itself, so that a Python without torch can do it.
+# Loads the modules by themselves, so that a Python without torch can do it.
 OTHER_PYTHON = """
 import sys, types
 for name in ("torch", "torch.nn", "torch.nn.functional"):
@@ -136,18 +136,20 @@ for name in ("torch", "torch.nn", "torch.nn.functional"):
 torch, nn, functional = map(sys.modules.get, ("torch", "torch.nn", "torch.nn.functional"))
 torch.nn, nn.functional, torch.special = nn, functional, functional
 torch.sigmoid = functional.expit = functional.sigmoid = functional.silu = functional.logsigmoid = None
-namespace = {"__name__": "trees"}
-sys.modules["trees"] = types.ModuleType("trees")
-exec(compile(open(sys.argv[1]).read(), "trees", "exec"), namespace)
+sys.modules["swap"] = types.ModuleType("swap")
+for name, path in zip(("functions", "trees"), sys.argv[1:]):
+    module = sys.modules[f"swap.{name}"] = types.ModuleType(f"swap.{name}")
+    module.__package__ = "swap"
+    exec(compile(open(path).read(), path, "exec"), vars(module))
 for text in eval(sys.stdin.read()):
-    tree = namespace["tree_of"](text)
-    print(tree and namespace["fingerprint"](tree))
+    tree = module.tree_of(text)
+    print(tree and module.fingerprint(tree))
 """
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_fingerprints_are_the_same_in_every_python(version):
-    python = [f"python{version}", "-c", OTHER_PYTHON, trees.__file__]
+    python = [f"python{version}", "-c", OTHER_PYTHON, functions.__file__, trees.__file__]
     try:
         subprocess.run([python[0], "-c", ""], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
