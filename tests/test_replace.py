@@ -720,7 +720,6 @@ def test_nothing_to_replace_warns_and_says_what_was_looked_for():
         "gated blocks",
         "GELU (2), ReLU (1)",
         "intercept",
-        "report(model)",
     ):
         assert expected in text
     assert warning.filename == __file__
@@ -848,7 +847,7 @@ def test_the_report_is_a_table(model):
     text = str(report(replace(model)))
     assert text == repr(report(model))
     lines = text.splitlines()
-    assert lines[0] == "Model: 4 modules are torch_sigmoid's"
+    assert lines[0] == "Model: 4 modules of torch_sigmoid"
     assert lines[1].split() == ["modules", "class", "now", "known", "as"]
     assert [line.split()[0] for line in lines[2:]] == ["act", "mlp", "hand", "tail.0"]
     assert text.count("gated MLP, written by hand") == 2
@@ -925,15 +924,84 @@ def test_a_report_whose_forward_fails_leaves_the_model_replaced(model, x):
     assert torch.equal(model.norm.running_mean, statistics)
 
 
-def test_a_report_of_a_forward_that_keeps_nothing():
-    model = replace(nn.Sequential(nn.Sigmoid()))
-    found = report(model, forward=lambda: model(torch.randn(2)))
-    assert found.saved_bytes == (0, 0)
-    assert "0.0 MiB → 0.0 MiB" in str(found)
-
-
 def test_a_report_with_nothing_to_compare_is_refused(model):
     with pytest.raises(ValueError, match="nothing in the model was replaced"):
         report(model, forward=lambda: model(torch.randn(2, 8)))
     with pytest.raises(TypeError, match=r"forward must be callable, such as lambda: model\(batch\), got Tensor"):
         report(replace(model), forward=torch.ones(1))
+
+
+# What happens to a replaced model afterwards
+
+
+def test_a_forward_put_on_a_fused_block_is_in_the_way_of_restore(model, x):
+    replace(model)
+    ours = model.mlp.forward
+    model.mlp.forward = lambda *args: ours(*args)
+    before = contents(model)
+    with pytest.raises(RuntimeError, match=r"restore\(\): since replace, the forward of mlp was replaced by .*<lambda>"):
+        restore(model)
+    with pytest.raises(RuntimeError, match="the forward of mlp"):
+        report(model, forward=lambda: model(x))
+    assert same_contents(contents(model), before)
+    del model.mlp.forward
+    assert type(restore(model).mlp) is LlamaMLP
+
+
+def test_an_activation_put_into_a_fused_block_is_reported_and_another_call_makes_it_ours(seeded):
+    block, x = replace(LlamaMLP()), torch.randn(2, 8)
+    expected = block(x)
+    block.act = nn.SiLU()
+    (left,) = [each for each in report(block).left if each.type == "LlamaMLP"]
+    assert left.reason == "its act was set since replace, and takes no second argument; call replace again"
+    replace(block)
+    assert torch.equal(block(x), expected)
+    block.act = nn.GELU()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        replace(block)
+    assert type(block) is LlamaMLP
+    torch.testing.assert_close(block(x), block.down_proj(F.gelu(block.gate_proj(x)) * block.up_proj(x)))
+
+
+def test_forms_that_are_not_registered_where_a_model_is_loaded_are_named(seeded):
+    rewrite = Rewrite("self.ACT(GATE) + UP", "self.ACT(GATE, UP)")
+    form = register(Form("a sum", "mine", "1.0", (WithAddition.forward,), (rewrite,), activation="silu"))
+    data = pickle.dumps(replace(WithAddition()))
+    unregister(form)
+    with pytest.warns(UserWarning, match=r"forms that are not registered here: a sum\..* expected register\(form\)"):
+        twin = pickle.loads(data)
+    assert type(twin) is WithAddition
+
+
+class WithoutGate(FeedForward):
+    def forward(self, x):
+        return self.w2(self.w1(x))
+
+
+def test_a_form_with_a_forward_of_its_own_is_reported_by_its_name(seeded):
+    form = register(Form("mine", "mine", "1.0", (WithoutGate.forward,), forward=lambda self, x: 2 * self.w2(self.w1(x))))
+    try:
+        block, x = WithoutGate(), torch.randn(2, 8)
+        expected = 2 * block(x)
+        assert became(replace(block)) == {"(the model)": "mine"}
+        assert torch.equal(block(x), expected)
+    finally:
+        unregister(form)
+
+
+def test_fuse_is_true_or_false():
+    with pytest.raises(TypeError, match=r"replace\(\): fuse must be True or False, got 'no'"):
+        replace(nn.SiLU(), fuse="no")
+
+
+@pytest.mark.parametrize(("find", "put"), [("silu(GATE", "x"), ("x", "def"), (1, "x")])
+def test_a_rewrite_is_python(find, put):
+    with pytest.raises(ValueError, match=r"Rewrite\(\): (find|put) must be Python, an expression or statements, got"):
+        Rewrite(find, put)
+
+
+def test_a_forward_that_keeps_nothing_is_told(model):
+    found = report(replace(model), forward=lambda: 1)
+    assert found.saved_bytes == (0, 0)
+    assert "forward kept nothing for backward" in str(found)

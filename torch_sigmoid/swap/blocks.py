@@ -26,8 +26,11 @@ _CHILDREN_OF_GATED = ({"gate_proj", "up_proj"}, {"gate_up_proj"}, {"w1", "w2", "
 _LOOKS_GATED = (
     Rewrite("self.ACT(GATE) * UP", "self.ACT(GATE, UP)"),
     Rewrite("UP * self.ACT(GATE)", "self.ACT(GATE, UP)"),
+    Rewrite("self.ACT(GATE).mul(UP)", "self.ACT(GATE, UP)"),
     Rewrite("silu(GATE) * UP", "self.FUSED(GATE, UP)"),
+    Rewrite("UP * silu(GATE)", "self.FUSED(GATE, UP)"),
     Rewrite("OUT * sigmoid(GATE)", "self.FUSED(OUT, GATE)"),
+    Rewrite("sigmoid(GATE) * OUT", "self.FUSED(OUT, GATE)"),
 )
 
 
@@ -167,7 +170,13 @@ def _rebuilt(module_type: Type, names: tuple[str, ...]) -> torch.nn.Module:
         if form.name in names:
             found.setdefault(form.method, form)
     known = tuple(found.values())
-    if len({form.name for form in known}) < len(set(names)):
+    if unknown := set(names) - {form.name for form in forms()}:
+        warnings.warn(
+            f"{module_type.__name__} was fused by torch_sigmoid when it was saved, by forms that are not registered here: "
+            f"{', '.join(sorted(unknown))}. It runs its own forward; expected register(form) before it is loaded",
+            stacklevel=2,
+        )
+    elif len({form.name for form in known}) < len(set(names)):
         warnings.warn(
             f"{module_type.__name__} was fused by torch_sigmoid when it was saved, and its code has changed since: it is "
             "loaded as it is, and runs its own forward",
@@ -248,7 +257,7 @@ def plan(block: torch.nn.Module) -> Plan:
     if not known:
         return Plan(reason=_why_unknown(block, module_type))
     if name := has_own_methods(block, tuple(name for form in known for name in form.methods)):
-        return Plan(reason=f"its {name} was replaced by {_whose(block.__dict__[name])}")
+        return Plan(reason=f"its {name} was replaced by {whose(block.__dict__[name])}")
     chosen: list[Form] = []
     gated: list[torch.nn.Module] = []
     reason = None
@@ -275,12 +284,29 @@ def plan(block: torch.nn.Module) -> Plan:
 
 
 def _unmatched(form: Form) -> str:
-    return f"no rewrite of {form.name!r} fits its {form.method}: it calls other functions than the known one, or is decorated"
+    return (
+        f"no rewrite of {form.name!r} fits its {form.method}: find is not in it, or more than once; or it calls other "
+        "functions than the known one; or its decorators hide it"
+    )
 
 
-def _whose(function: Any) -> str:
+def whose(function: Any) -> str:
+    """What a function that stands in another's place is, for a reader."""
     module = getattr(innermost(function), "__module__", None) or type(function).__module__
-    return f"{getattr(function, '__qualname__', type(function).__name__)} of {module}"
+    around = "what wraps " if hasattr(function, "__wrapped__") else ""
+    return f"{around}{getattr(function, '__qualname__', type(function).__name__)} of {module}"
+
+
+def lost_gate(block: torch.nn.Module) -> str | None:
+    """The attribute of a fused block in which somebody has put another activation, which takes no second argument."""
+    module_type = bare(type(block))
+    if not issubclass(module_type, Fused):
+        return None
+    for form in _forms_of(module_type._fused_from):
+        attribute = activation_of(form, module_type._fused_from) if form.name in module_type._fused_by else None
+        if form.activation and attribute and not isinstance(getattr(block, attribute, None), tuple(GATED.values())):
+            return attribute
+    return None
 
 
 def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
@@ -298,7 +324,7 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
     named_alike = any(names <= children for names in _CHILDREN_OF_GATED)
     owner = next(base for base in module_type.__mro__ if "forward" in vars(base))
     if named_alike and gates and innermost(forward).__module__ != owner.__module__:
-        return f"the forward of its class was replaced by {_whose(forward)}"
+        return f"the forward of its class was replaced by {whose(forward)}"
     if named_alike and tree_of(forward) is None:
         return "the source of its forward cannot be read"
     if ((gates or called_by(forward)) and named_alike) or _looks_gated(forward, block):

@@ -69,7 +69,7 @@ def register_transformers(*, save: Save = "output") -> None:
         >>> torch_sigmoid.register_transformers()  # doctest: +SKIP
         >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")  # doctest: +SKIP
         >>> print(torch_sigmoid.report(model))  # doctest: +SKIP
-        LlamaForCausalLM: 32 modules are torch_sigmoid's
+        LlamaForCausalLM: 32 modules of torch_sigmoid
           modules                         class           now          known as
           model.layers.{0-15}.mlp         LlamaMLP        swiglu       gated MLP, transformers 5.24
           model.layers.{0-15}.mlp.act_fn  SiLUActivation  silu, gated

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from .. import nn
-from ..checks import check_save
+from ..checks import check_bool, check_save
 from ..dispatch import Save
 from . import criteria
 from .blocks import (
@@ -22,9 +22,11 @@ from .blocks import (
     has_own_methods,
     hidden_name,
     kind_of,
+    lost_gate,
     plan,
     record_of,
     set_bare_type,
+    whose,
 )
 from .gates import GATED, FusedGate
 
@@ -51,7 +53,7 @@ def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Mode
     Args:
         model: any module, before or after fully_shard, DistributedDataParallel and torch.compile.
         save: as in `torch_sigmoid.Sigmoid`; the others save their input.
-        fuse: False leaves blocks as they are, and only changes activations.
+        fuse: False leaves blocks as they are, fused ones fused, and only changes activations.
 
     Returns:
         `model`.
@@ -69,6 +71,7 @@ def replace(model: _Model, *, save: Save = "output", fuse: bool = True) -> _Mode
         Sigmoid(save='input')
     """
     check_save(save)
+    check_bool("replace", "fuse", fuse)
     modules = list(_modules(model, "replace"))
     make_ours(modules, save, fuse)
     if not any(record_of(module) or criteria.RECORD in module.__dict__ or is_ours(module) for module in modules):
@@ -94,12 +97,14 @@ def is_ours(module: torch.nn.Module) -> bool:
 def _fuse(block: torch.nn.Module) -> set[int]:
     """Fuse a block if it is of a known form; returns the ids of the activations that then take a second argument."""
     criteria.replace(block)
+    if lost_gate(block):
+        _restore(block)
     planned = plan(block)
     if not planned.forms:
         return set()
     module_type = bare(type(block))
     first = planned.forms[0]
-    operators = ", ".join(dict.fromkeys(form.fused or _GATES[form.activation] for form in planned.forms))
+    operators = ", ".join(dict.fromkeys(form.fused or _GATES.get(form.activation, form.name) for form in planned.forms))
     block.__dict__[RECORD] = Original(module_type, operators, first.name, first.library, first.versions)
     for form in planned.forms:
         if form.fused:
@@ -108,7 +113,7 @@ def _fuse(block: torch.nn.Module) -> set[int]:
     return set(map(id, planned.gated))
 
 
-_GATES: dict[str | None, str] = {"silu": "swiglu", "sigmoid": "sigmoid_gate", None: "siglip_loss"}
+_GATES: dict[str | None, str] = {"silu": "swiglu", "sigmoid": "sigmoid_gate"}
 
 
 def _replace_activation(module: torch.nn.Module, save: Save, gated: bool) -> None:
@@ -136,6 +141,7 @@ def restore(model: _Model) -> _Model:
 
     Raises:
         TypeError: `model` is not a module.
+        RuntimeError: since `replace`, somebody has put a forward on a module that it changed. Nothing is restored.
 
     Example:
         >>> torch_sigmoid.restore(torch_sigmoid.replace(torch.nn.Sequential(torch.nn.Sigmoid())))
@@ -144,6 +150,12 @@ def restore(model: _Model) -> _Model:
         )
     """
     modules = list(_modules(model, "restore"))
+    for name, module in model.named_modules():
+        if record_of(module) and has_own_methods(module, ("forward",)):
+            raise RuntimeError(
+                f"restore(): since replace, the forward of {name or 'the model'} was replaced by "
+                f"{whose(module.__dict__['forward'])}, which may hold ours; expected it to be removed first"
+            )
     blocks = [module for module in modules if RECORD in module.__dict__ and module.__dict__[RECORD].form]
     restored_with_theirs = {id(child) for block in blocks for child in block.children()}
     for module in modules:
@@ -151,14 +163,18 @@ def restore(model: _Model) -> _Model:
         original = module.__dict__.get(RECORD)
         if original is None or (bare(type(module)) in GATED.values() and id(module) not in restored_with_theirs):
             continue
-        del module.__dict__[RECORD]
-        if issubclass(bare(type(module)), nn.Sigmoid):
-            module.__dict__.pop("save", None)
-            module.__dict__ |= {"save": original.save} if original.save else {}
-        for name in [name for name in module.__dict__ if name.startswith("_fused_")]:
-            del module.__dict__[name]
-        set_bare_type(module, original.type)
+        _restore(module)
     return model
+
+
+def _restore(module: torch.nn.Module) -> None:
+    original = module.__dict__.pop(RECORD)
+    if issubclass(bare(type(module)), nn.Sigmoid):
+        module.__dict__.pop("save", None)
+        module.__dict__ |= {"save": original.save} if original.save else {}
+    for name in [name for name in module.__dict__ if name.startswith("_fused_")]:
+        del module.__dict__[name]
+    set_bare_type(module, original.type)
 
 
 @contextlib.contextmanager
@@ -194,7 +210,7 @@ def _nothing(model: torch.nn.Module, modules: list[torch.nn.Module]) -> str:
         f"({', '.join(each.__name__ for each in KINDS)}), their like in transformers, timm and open_clip, and known gated "
         f"blocks and losses. Activations of other kinds: {found}."
         + (f" Modules whose forward somebody else has replaced: {patched}." if patched else "")
-        + " For functions that it calls, such as F.silu, there is intercept; report(model) tells more."
+        + " For functions that it calls, such as F.silu, there is intercept."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import criteria
-from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, plan, record_of
+from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, lost_gate, plan, record_of
 from .replace import is_ours, restored
 
 
@@ -55,7 +55,8 @@ class Report:
         rows: list[tuple[str, ...]] = [
             (_abbreviated(each.names), each.type, each.became, _source(each)) for each in self.replaced
         ]
-        lines = [f"{self.model}: {sum(len(each.names) for each in self.replaced)} modules are torch_sigmoid's"]
+        count = sum(len(each.names) for each in self.replaced)
+        lines = [f"{self.model}: {count} module{'s' * (count != 1)} of torch_sigmoid"]
         lines += _table(("modules", "class", "now", "known as"), rows)
         if self.left:
             lines += ["", "left as they are"]
@@ -64,8 +65,11 @@ class Report:
             )
         if self.saved_bytes is not None:
             before, after = self.saved_bytes
-            lines += ["", f"kept for backward of a step: {_mib(before)} → {_mib(after)}"]
-            lines[-1] += f" ({after / before - 1:+.0%})" if before else ""
+            if before:
+                change = round(100 * (after / before - 1))
+                lines += ["", f"kept for backward of a step: {_size(before)} → {_size(after)} ({change:+d}%)"]
+            else:
+                lines += ["", "forward kept nothing for backward: does it run the model, with gradients?"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -75,8 +79,8 @@ def _source(row: Replaced) -> str:
     return f"{row.form}, {row.library} {row.versions}".replace(" any", "") if row.form else ""
 
 
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.1f} KiB"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -115,7 +119,7 @@ def report(model: torch.nn.Module, *, forward: Callable[[], object] | None = Non
 
     Example:
         >>> print(torch_sigmoid.report(torch_sigmoid.replace(torch.nn.Sequential(torch.nn.SiLU()))))
-        Sequential: 1 modules are torch_sigmoid's
+        Sequential: 1 module of torch_sigmoid
           modules  class  now   known as
           0        SiLU   silu
     """
@@ -150,6 +154,8 @@ def _rows_of(module: torch.nn.Module) -> Iterator[tuple[str, str, str, str, str]
 
 
 def _why_left(module: torch.nn.Module) -> str | None:
+    if attribute := lost_gate(module):
+        return f"its {attribute} was set since replace, and takes no second argument; call replace again"
     if record_of(module) or is_ours(module):
         return None
     if changed_activation(module):

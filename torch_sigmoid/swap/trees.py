@@ -1,9 +1,4 @@
-"""Syntax trees of functions: known ones are told apart, and a known part is put in other words.
-
-A pattern is Python text, in which a name in capitals stands for any expression, `self.NAME` for any attribute, and a name from
-`FUNCTIONS` for whatever the function calls torch's function of that name:
-
-    >>> rewritten(LlamaMLP.forward, Rewrite("self.ACT(GATE) * UP", "self.ACT(GATE, UP)"))
+"""Syntax trees of functions: known ones are told apart, and a known part is put in other words, see `Rewrite`.
 
 What was rewritten has the original's globals, defaults, decorators and line numbers.
 """
@@ -132,7 +127,21 @@ def fingerprint_of(function: "Function | str") -> str | None:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Put `put` in the place of `find`: an expression, or whole statements that follow each other."""
+    """Put `put` in the place of `find`: an expression, or whole statements that follow each other.
+
+    Both are Python. A name of two capitals or more stands for any expression, the same wherever it stands, and after `self.`
+    for any attribute. In `find`, `sigmoid`, `silu` and `logsigmoid` stand for whatever the function calls torch's functions:
+    torch.sigmoid, F.silu, nn.functional.silu. Two names mean more in `put`: `self.ACT(gate, other)` gives an activation that
+    `find` calls as self.ACT(gate) the other factor, and self.FUSED calls the `fused` function of the `Form`. Everything else is
+    taken as it is written, `self` too. `find` must be found once.
+
+    Raises:
+        ValueError: either is not Python, or `put` has a name in capitals that `find` does not bind.
+
+    Example:
+        >>> from torch_sigmoid.swap import Rewrite
+        >>> rewrite = Rewrite("HALF = XS.chunk(2, -1)\nreturn silu(HALF[0]) * HALF[1]", "return self.FUSED(XS, -1)")
+    """
 
     find: str
     put: str
@@ -143,6 +152,11 @@ class Rewrite:
         return _capitals(ast.parse(self.put))
 
     def __post_init__(self) -> None:
+        for name, text in (("find", self.find), ("put", self.put)):
+            try:
+                ast.parse(text)
+            except (SyntaxError, TypeError, ValueError) as error:
+                raise ValueError(f"Rewrite(): {name} must be Python, an expression or statements, got {text!r}") from error
         missing = self.capitals - _capitals(ast.parse(self.find)) - {"FUSED"}
         if missing:
             raise ValueError(f"Rewrite(): put uses {', '.join(sorted(missing))}, which find does not bind")

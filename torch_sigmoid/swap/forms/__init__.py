@@ -148,7 +148,7 @@ def register(form: Form) -> Form:
     r"""Have `replace` know one more form, from now on. Returns it.
 
     Args:
-        form: see `Form`.
+        form: a `torch_sigmoid.swap.Form`, whose rewrites are `torch_sigmoid.swap.Rewrite`; `unregister` there undoes this.
 
     Raises:
         TypeError: not a Form.

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import functional as ours
 from . import Activation, Form
 
 LIBRARY, VERSIONS = "open_clip", "3.3"
@@ -22,7 +21,7 @@ def siglip_loss(
 ) -> Tensor | dict[str, Tensor]:
     """The loss over all ranks, where there are several, instead of this rank's part of it; the gradients are the same."""
     group = "world" if self.world_size > 1 else None
-    loss = ours.siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
+    loss = self._fused_siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -38,5 +37,6 @@ FORMS = (
             ("get_ground_truth", ("9a0a197b53b87a7e",)),
         ),
         forward=siglip_loss,
+        fused="siglip_loss",
     ),
 )
