@@ -15,9 +15,9 @@ vanishing: $(VENV)/installed
 
 # The same tests three times: as they are, then with kernels in Triton's interpreter, and with the machine code of a GPU, executed.
 test: lint
-	$(RUN) -m pytest -n auto $(ARGS)
-	$(RUN) -m pytest -n auto --kernels=interpreter $(ARGS)
-	$(RUN) -m pytest -n auto --kernels=ptx $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal --kernels=interpreter $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal --kernels=ptx $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

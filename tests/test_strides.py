@@ -34,7 +34,7 @@ def extent_of(sizes, strides):
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides) if size)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(x_layout=strided_tensors(), grad_gap=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_strides(device, x_layout, grad_gap, dtype):
     sizes, strides, offset = x_layout
@@ -85,7 +85,7 @@ def assert_agrees_with_float64(ours, theirs, tensors, upstream, outers, dtype):
         torch.testing.assert_close(one.double(), other, rtol=4 * eps, atol=4 * eps * largest + 1e-4)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layouts=broadcast_pairs(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_gate_that_broadcasts(device, layouts, dtype):
     x_layout, gate_layout, gap = layouts
@@ -97,7 +97,7 @@ def test_any_gate_that_broadcasts(device, layouts, dtype):
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layouts=broadcast_pairs(), reduction=st.sampled_from(["none", "sum"]), of_positives=st.booleans())
 def test_any_weight_that_broadcasts(device, layouts, reduction, of_positives):
     x_layout, weight_layout, gap = layouts
