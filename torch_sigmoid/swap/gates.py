@@ -6,7 +6,7 @@ second argument. Where a block computes its gate without a module, one is put be
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class GatedSiLU(nn.SiLU):
     """silu(gate)·up, called with both or with the packed tensor that they are the halves of; of one tensor it is silu."""
 
     # For `warmup`.
-    operators = "silu", "swiglu", "swiglu_packed"
+    operators: ClassVar[tuple[str, ...]] = ("silu", "swiglu", "swiglu_packed")
 
     def forward(self, input: Tensor, up: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
@@ -39,7 +39,7 @@ class GatedSiLU(nn.SiLU):
 class GatedSigmoid(nn.Sigmoid):
     """operand·σ(gate), called with gate and operand or with a packed tensor, its halves operand and gate; of one tensor σ."""
 
-    operators = "sigmoid", "sigmoid_gate", "glu"
+    operators: ClassVar[tuple[str, ...]] = ("sigmoid", "sigmoid_gate", "glu")
 
     def forward(self, input: Tensor, operand: Tensor | None = None, *, packed_dim: int | None = None) -> Tensor:
         if packed_dim is not None:
