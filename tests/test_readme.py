@@ -201,7 +201,18 @@ def test_the_kernel_that_is_shown_is_the_one_that_runs():
     assert shown in ROOT.joinpath("kernels", "gates.py").read_text()
 
 
-MODULES = ("sigmoid", "gates", "losses", "siglip", "dispatch", "operators", "nn", "layers", "swap.replace", "swap.intercept")
+MODULES = (
+    "sigmoid",
+    "gates",
+    "losses",
+    "siglip",
+    "dispatch",
+    "operators",
+    "nn",
+    "layers",
+    "swap.replacement",
+    "swap.intercept",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

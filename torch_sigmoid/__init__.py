@@ -55,7 +55,11 @@ from .nn import (
     SwiGLUPacked,
 )
 from .operators import warmup
-from .swap import intercept, register, register_transformers, replace, report, restore, unregister_transformers
+from .swap import intercept
+
+if _typing.TYPE_CHECKING:
+    from .swap import register, register_transformers, replace, report, restore, unregister_transformers
+
 
 __version__ = "0.2.0"
 
@@ -98,3 +102,16 @@ __all__ = [
     "unregister_transformers",
     "warmup",
 ]
+
+# Imported when they are first asked for, see swap/__init__.py.
+_OF_SWAP = ("register", "register_transformers", "replace", "report", "restore", "unregister_transformers")
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in _OF_SWAP:
+            from . import swap
+
+            globals()[name] = found = getattr(swap, name)
+            return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,9 +105,9 @@ CONCERNED = {
     "torch_sigmoid/swap/gates.py": ("device replace forms watch_gates",),
     "torch_sigmoid/swap/intercept.py": ("device intercept operators modules tracing",),
     "torch_sigmoid/swap/places.py": ("device intercept",),
-    "torch_sigmoid/swap/register_transformers.py": ("device register_transformers",),
-    "torch_sigmoid/swap/replace.py": ("device replace forms modules tracing", "ptx modules"),
-    "torch_sigmoid/swap/report.py": ("device replace",),
+    "torch_sigmoid/swap/transformers_hook.py": ("device register_transformers",),
+    "torch_sigmoid/swap/replacement.py": ("device replace forms modules tracing", "ptx modules"),
+    "torch_sigmoid/swap/reporting.py": ("device replace",),
     "torch_sigmoid/swap/trees.py": ("device trees forms",),
 }
 # Shifts and bitwise operations, which floats do not have.

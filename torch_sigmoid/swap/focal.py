@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import MAX_GAMMA
 from ..dispatch import is_ours
 from ..functional import sigmoid_focal_loss
-from .trees import FOCAL_LOSSES, fingerprint_of
+from .functions import FINGERPRINTS
 
 _Function = Callable[..., Any]
 
@@ -68,8 +68,8 @@ def _takes(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> bool:
 
 # The forms that were compared with ours: torchvision's of 0.29, and those of transformers 5.24.
 FORMS: dict[str, _Function] = {
-    FOCAL_LOSSES["sigmoid_focal_loss"]: of_each_element,
-    FOCAL_LOSSES["detr_focal_loss"]: mean_over_queries,
+    FINGERPRINTS["sigmoid_focal_loss"]: of_each_element,
+    FINGERPRINTS["detr_focal_loss"]: mean_over_queries,
     "5a6cd7a15c1db2e8": mean_over_pixels,
     "87498cb2c926e38b": sum_of_all,
 }
@@ -77,4 +77,6 @@ FORMS: dict[str, _Function] = {
 
 def form_of(function: FunctionType) -> _Function | None:
     """What computes the same by ours, called with the function before its arguments; None if we do not know its form."""
+    from .trees import fingerprint_of
+
     return FORMS.get(fingerprint_of(function) or "")

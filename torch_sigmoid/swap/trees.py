@@ -19,12 +19,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 
-from .functions import Function, compiled, innermost, is_held, through_decorators
+from .functions import FINGERPRINTS, Function, compiled, innermost, is_held, through_decorators
 
 Bound = dict[str, ast.expr | str]
-
-# The fingerprints of focal losses that are sums of α_t·(1-p_t)^γ·BCE: torchvision's, and that of the DETR family.
-FOCAL_LOSSES = {"sigmoid_focal_loss": "3d349d5760d561f0", "detr_focal_loss": "5c484d299d240ef9"}
 
 
 def _is_one_of(*functions: Function) -> Callable[[Any], bool]:
@@ -43,7 +40,7 @@ FUNCTIONS: dict[str, Callable[[Any], bool]] = {
     "sigmoid": _is_one_of(torch.sigmoid, torch.special.expit, F.sigmoid),
     "silu": _is_one_of(F.silu),
     "logsigmoid": _is_one_of(F.logsigmoid),
-    **{name: _has_fingerprint(expected) for name, expected in FOCAL_LOSSES.items()},
+    **{name: _has_fingerprint(expected) for name, expected in FINGERPRINTS.items()},
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import criteria
 from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, lost_gate, plan, record_of
-from .replace import is_ours, restored
+from .replacement import is_ours, restored
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from ..checks import check_save
 from ..dispatch import Save
-from .replace import make_ours
+from .replacement import make_ours
 
 _STEP = "patch_output_recorders"
 _NEEDED = "transformers 5.3 or newer"
