@@ -1005,3 +1005,60 @@ def test_a_forward_that_keeps_nothing_is_told(model):
     found = report(replace(model), forward=lambda: 1)
     assert found.saved_bytes == (0, 0)
     assert "forward kept nothing for backward" in str(found)
+
+
+def test_a_file_that_has_changed_since_it_was_imported_is_not_believed(tmp_path, monkeypatch, seeded):
+    text = "return self.w2(nn.functional.silu(self.w1(x)) {} self.w3(x))"
+    known = f"from torch import nn\n\n\nclass Block(nn.Module):\n    def forward(self, x):\n        {text}\n"
+    path = tmp_path / "edited.py"
+    path.write_text(known.format("+"))
+    monkeypatch.syspath_prepend(tmp_path)
+    import edited
+
+    block = edited.Block()
+    block.w1, block.w2, block.w3 = (nn.Linear(8, 8) for _ in range(3))
+    x = torch.randn(2, 8)
+    expected = block(x)
+    path.write_text(known.format("*"))
+    with pytest.warns(UserWarning, match="nothing that is ours"):
+        replace(block)
+    assert torch.equal(block(x), expected)
+    (left,) = report(block).left
+    assert left.reason == "the source of its forward cannot be read, or has changed since it was imported"
+
+
+def test_a_method_that_was_put_on_a_block_before_is_not_in_the_way_of_restore(seeded):
+    form = register(
+        Form(
+            "a part",
+            "mine",
+            "1.0",
+            (InParts.part,),
+            (Rewrite("silu(GATE) * UP", "self.FUSED(GATE, UP)"),),
+            "part",
+            fused="swiglu",
+        )
+    )
+    try:
+        block, x = InParts(), torch.randn(2, 8)
+        theirs = block.forward
+        block.forward = lambda x: theirs(x)
+        expected = block(x)
+        assert became(replace(block)) == {"(the model)": "swiglu"}
+        torch.testing.assert_close(block(x), expected)
+        assert type(restore(block)) is InParts
+    finally:
+        unregister(form)
+
+
+class InParts(nn.Module):
+    def part(self, gate, up):
+        return F.silu(gate) * up
+
+    def forward(self, x):
+        return self.part(x, x)
+
+
+def test_what_is_imported_late_can_be_completed():
+    assert {"replace", "report", "swiglu"} <= set(dir(torch_sigmoid))
+    assert {"Form", "Rewrite", "intercept"} <= set(dir(torch_sigmoid.swap))

@@ -115,3 +115,6 @@ if not _typing.TYPE_CHECKING:
             globals()[name] = found = getattr(swap, name)
             return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_OF_SWAP})

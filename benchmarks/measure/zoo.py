@@ -1,6 +1,7 @@
 """Small, random models of the libraries that people train with, each with a loss and what must become ours in it.
 
 Nothing is downloaded. A loss draws its batch from torch's default generator, so that the same seed gives the same batch.
+The file is long because it holds 36 models.
 """
 
 from collections.abc import Callable, Iterator

@@ -45,3 +45,6 @@ if not TYPE_CHECKING:
                 globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{file}"), name)
                 return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

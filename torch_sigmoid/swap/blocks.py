@@ -9,7 +9,7 @@ import torch
 
 from ..operators import OPERATORS
 from .forms import BY_HAND, Form, activations, forms
-from .functions import Function, innermost
+from .functions import Function, innermost, runs_its_source
 from .gates import GATED
 from .trees import Match, Rewrite, called_by, match, remembered, tree_of
 
@@ -140,6 +140,12 @@ def has_own_methods(module: torch.nn.Module, names: tuple[str, ...]) -> str | No
     return next((name for name in names if name in module.__dict__), None)
 
 
+def methods_of_ours(module: torch.nn.Module) -> tuple[str, ...]:
+    """The methods that a replaced module has from us."""
+    module_type = bare(type(module))
+    return module_type.fused_methods if issubclass(module_type, Fused) else ("forward",)
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks))
@@ -153,6 +159,7 @@ class Fused:
 
     _fused_from: Type
     _fused_by: tuple[str, ...]
+    fused_methods: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The state is what the class itself says: it may have a __getstate__ of its own.
@@ -230,7 +237,7 @@ def _fused_type(module_type: Type, chosen: tuple[Form, ...], originals: tuple[Fu
         "__qualname__": module_type.__qualname__,
         "__doc__": module_type.__doc__,
     }
-    names |= {"_fused_from": module_type, "_fused_by": tuple(form.name for form in chosen)}
+    names |= {"_fused_from": module_type, "_fused_by": tuple(form.name for form in chosen), "fused_methods": tuple(methods)}
     return type(module_type.__name__, (Fused, module_type), names | methods)
 
 
@@ -325,8 +332,8 @@ def _why_unknown(block: torch.nn.Module, module_type: Type) -> str | None:
     owner = next(base for base in module_type.__mro__ if "forward" in vars(base))
     if named_alike and gates and innermost(forward).__module__ != owner.__module__:
         return f"the forward of its class was replaced by {whose(forward)}"
-    if named_alike and tree_of(forward) is None:
-        return "the source of its forward cannot be read"
+    if named_alike and (tree_of(forward) is None or not runs_its_source(forward)):
+        return "the source of its forward cannot be read, or has changed since it was imported"
     if ((gates or called_by(forward)) and named_alike) or _looks_gated(forward, block):
         return "its forward is no known form; register(Form(...)) adds one"
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .functions import Function
+from .functions import Function, runs_its_source
 from .gates import FusedGate
 from .trees import Rewrite, fingerprint_of, match, remembered
 
@@ -20,7 +20,7 @@ _NAME = "_fused_detr_focal_loss"
 RECORD = "_replaced_loss"
 
 
-@remembered
+# Not remembered: somebody may put another method on the criterion at any time.
 def _criterion_of(function: Function) -> str | None:
     """The name of the known criterion among the globals that a loss function uses."""
     scope: dict[str, Any] = getattr(function, "__globals__", {})
@@ -29,7 +29,7 @@ def _criterion_of(function: Function) -> str | None:
         candidate = scope.get(name)
         if isinstance(candidate, type) and issubclass(candidate, torch.nn.Module):
             method = getattr(candidate, METHOD, None)
-            if method is not None and fingerprint_of(method) in KNOWN:
+            if method is not None and fingerprint_of(method) in KNOWN and runs_its_source(method):
                 return name
     return None
 
@@ -45,15 +45,16 @@ class FocalLossFunction:
         name = _criterion_of(original)
         if name is None:
             return original(*args, **kwargs)
-        scope = original.__globals__ | {name: _rewritten(original.__globals__[name])}
+        criterion = original.__globals__[name]
+        scope = original.__globals__ | {name: _rewritten(criterion, getattr(criterion, METHOD))}
         function = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
         function.__kwdefaults__ = original.__kwdefaults__
         return function(*args, **kwargs)
 
 
 @remembered
-def _rewritten(criterion: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    found = match(getattr(criterion, METHOD), REWRITE)
+def _rewritten(criterion: type[torch.nn.Module], method: Function) -> type[torch.nn.Module]:
+    found = match(method, REWRITE)
     assert found is not None
     return type(criterion.__name__, (criterion,), {METHOD: found.written(_NAME), _NAME: FusedGate("detr_focal_loss")})
 

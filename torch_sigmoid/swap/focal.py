@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import MAX_GAMMA
 from ..dispatch import is_ours
 from ..functional import sigmoid_focal_loss
-from .functions import FINGERPRINTS
+from .functions import FINGERPRINTS, runs_its_source
 
 _Function = Callable[..., Any]
 
@@ -79,4 +79,4 @@ def form_of(function: FunctionType) -> _Function | None:
     """What computes the same by ours, called with the function before its arguments; None if we do not know its form."""
     from .trees import fingerprint_of
 
-    return FORMS.get(fingerprint_of(function) or "")
+    return FORMS.get(fingerprint_of(function) or "") if runs_its_source(function) else None

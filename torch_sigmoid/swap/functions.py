@@ -1,7 +1,9 @@
 """Functions made again: with other code, and with the decorators that they had."""
 
 import ast
+import functools
 import inspect
+import linecache
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,28 @@ def innermost(function: Function) -> Function:
     """What decorators made with functools.wraps stand around."""
     inner: Function = inspect.unwrap(function)
     return inner
+
+
+@functools.lru_cache(maxsize=4096)
+def runs_its_source(function: Function) -> bool:
+    """Whether a function runs what its file says, which may have changed since it was imported."""
+    code = getattr(innermost(function), "__code__", None)
+    return code is not None and code in _codes_in("".join(linecache.getlines(code.co_filename)))
+
+
+@functools.lru_cache(maxsize=256)
+def _codes_in(source: str) -> frozenset[types.CodeType]:
+    """The code of everything that a file defines."""
+    try:
+        waiting = [compile(source, "source", "exec", dont_inherit=True)]
+    except (SyntaxError, ValueError):
+        return frozenset()
+    found = set()
+    while waiting:
+        code = waiting.pop()
+        found.add(code)
+        waiting += (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(found)
 
 
 def compiled(definition: ast.FunctionDef, original: Any) -> Function:

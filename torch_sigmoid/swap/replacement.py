@@ -23,6 +23,7 @@ from .blocks import (
     hidden_name,
     kind_of,
     lost_gate,
+    methods_of_ours,
     plan,
     record_of,
     set_bare_type,
@@ -141,7 +142,7 @@ def restore(model: _Model) -> _Model:
 
     Raises:
         TypeError: `model` is not a module.
-        RuntimeError: since `replace`, somebody has put a forward on a module that it changed. Nothing is restored.
+        RuntimeError: since `replace`, somebody has put a method on a module which has that method from us. Nothing is restored.
 
     Example:
         >>> torch_sigmoid.restore(torch_sigmoid.replace(torch.nn.Sequential(torch.nn.Sigmoid())))
@@ -151,10 +152,10 @@ def restore(model: _Model) -> _Model:
     """
     modules = list(_modules(model, "restore"))
     for name, module in model.named_modules():
-        if record_of(module) and has_own_methods(module, ("forward",)):
+        if record_of(module) and (method := has_own_methods(module, methods_of_ours(module))):
             raise RuntimeError(
-                f"restore(): since replace, the forward of {name or 'the model'} was replaced by "
-                f"{whose(module.__dict__['forward'])}, which may hold ours; expected it to be removed first"
+                f"restore(): since replace, the {method} of {name or 'the model'} was replaced by "
+                f"{whose(module.__dict__[method])}, which may hold ours; expected it to be removed first"
             )
     blocks = [module for module in modules if RECORD in module.__dict__ and module.__dict__[RECORD].form]
     restored_with_theirs = {id(child) for block in blocks for child in block.children()}

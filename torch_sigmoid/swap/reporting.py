@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import criteria
 from .blocks import bare, changed_activation, has_own_methods, kind_of, kind_of_type, lost_gate, plan, record_of
+from .forms.transformers import LIBRARY, VERSIONS
 from .replacement import is_ours, restored
 
 
@@ -150,7 +151,7 @@ def _rows_of(module: torch.nn.Module) -> Iterator[tuple[str, str, str, str, str]
     elif is_ours(module):
         yield bare(type(module)).__name__, "", "this package's own layer", "", ""
     if criteria.RECORD in module.__dict__:
-        yield type(module).__name__, "sigmoid_focal_loss", "focal loss of its loss_function", "transformers", "5.24"
+        yield type(module).__name__, "sigmoid_focal_loss", "focal loss of its loss_function", LIBRARY, VERSIONS
 
 
 def _why_left(module: torch.nn.Module) -> str | None:

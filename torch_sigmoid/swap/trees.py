@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 
-from .functions import FINGERPRINTS, Function, compiled, innermost, is_held, through_decorators
+from .functions import FINGERPRINTS, Function, compiled, innermost, is_held, runs_its_source, through_decorators
 
 Bound = dict[str, ast.expr | str]
 
@@ -30,7 +30,7 @@ def _is_one_of(*functions: Function) -> Callable[[Any], bool]:
 
 def _has_fingerprint(expected: str) -> Callable[[Any], bool]:
     def has(called: Any) -> bool:
-        return isinstance(called, types.FunctionType) and fingerprint_of(called) == expected
+        return isinstance(called, types.FunctionType) and fingerprint_of(called) == expected and runs_its_source(called)
 
     return has
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..functions import Function
+from ..functions import Function, runs_its_source
 from ..gates import FUNCTIONS
 from ..trees import Rewrite, fingerprint_of
 
@@ -95,8 +95,9 @@ class Form:
         function = getattr(module_type, self.method, None)
         if function is None or fingerprint_of(function) not in self.fingerprints:
             return False
-        return all(
-            fingerprint_of(getattr(module_type, name, "")) in _fingerprints(known, self.name) for name, known in self.besides
+        besides = [(getattr(module_type, name, ""), _fingerprints(known, self.name)) for name, known in self.besides]
+        return all(fingerprint_of(method) in known for method, known in besides) and all(
+            map(runs_its_source, (function, *(method for method, _ in besides)))
         )
 
 
@@ -119,6 +120,7 @@ class Activation:
             module_type.__name__ == self.name
             and module_type.__module__.split(".")[0] == self.library
             and fingerprint_of(module_type.forward) in self.fingerprints
+            and runs_its_source(module_type.forward)
         )
 
 
