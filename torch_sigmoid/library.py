@@ -116,7 +116,7 @@ def value_like(operator: Operator, operands: Sequence[Tensor | None]) -> Tensor:
 def gradients_like(operator: Operator, operands: Sequence[Tensor | None], n: int) -> Tensors:
     """Empty tensors like the gradients of the first `n` operands. Gates of one shape have theirs in one memory format."""
     differentiable = cast(Tensors, tuple(operands[:n]))
-    if isinstance(operator, Gated) and len({tensor.shape for tensor in differentiable}) == 1:
+    if isinstance(operator, Gated) and differentiable[0].shape == differentiable[-1].shape:
         return operator.memory_for(differentiable)[0]
     return tuple(torch.empty_like(tensor) for tensor in differentiable)
 
@@ -168,8 +168,8 @@ class Entry(NamedTuple):
         gradients = gradients_like(operator, operands, self.family.n_gradients)
         grad_output = before[-1]
         if self.order == 1:
-            # Sigmoid's gradient has the dtype of grad_output, as that of what may have been cast in between.
-            return gradients if len(gradients) > 1 else (gradients[0].to(grad_output.dtype),)
+            # An element-wise gradient has the dtype of what reaches it, as in the kernels.
+            return (gradients[0].to(grad_output.dtype),) if isinstance(operator, (Sigmoid, Unary)) else gradients
         full = whole(operator, operands)
         return torch.empty_like(full if grad_output.dim() else grad_output, dtype=grad_output.dtype), *gradients
 

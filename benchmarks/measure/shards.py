@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_sigmoid.operators import OPERATORS
 
 from . import ranks, record
+from .operators import differentiable
 
 TOLERANCE = 1e-12
 COLUMNS = 8
@@ -63,10 +64,10 @@ class LocalOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(call):
-    """What `call` returns, how many collectives it made, and how many local operators."""
+def counted(function, *arguments):
+    """What function(*arguments) returns, how many collectives it made, and how many local operators."""
     with LocalOperators() as local, CommDebugMode() as collectives:
-        result = call()
+        result = function(*arguments)
     return result, collectives.get_total_counts(), local.n
 
 
@@ -98,11 +99,9 @@ def error_of(found, expected) -> float:
 
 def row_of(function, leaves, expected) -> dict:
     """Counts of a second call: at a first one torch finds out how each operator is to be sharded."""
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
     for _ in range(2):
-        value, *forward = counted(lambda: function(*leaves))
-        upstream = torch.ones_like(value)
-        gradients, *backward = counted(lambda: torch.autograd.grad(value, wanted, upstream))
+        value, *forward = counted(function, *leaves)
+        gradients, *backward = counted(torch.autograd.grad, value, differentiable(leaves), torch.ones_like(value))
     names = "forward collectives", "forward operators", "backward collectives", "backward operators"
     return dict(zip(names, (*forward, *backward))) | {"error": error_of((value, *gradients), expected)}
 
@@ -124,7 +123,7 @@ def measure(mesh_shape: tuple[int, ...]) -> list[dict]:
                 operands = case.operands(random, n_rows, COLUMNS)
                 leaves = [each.clone().requires_grad_(i not in case.constants) for i, each in enumerate(operands)]
                 value = case.formula(*leaves)
-                expected = value, *torch.autograd.grad(value, [each for each in leaves if each.requires_grad], torch.ones_like(value))
+                expected = value, *torch.autograd.grad(value, differentiable(leaves), torch.ones_like(value))
                 about = {"operator": f"{name} {kind}".strip(), "mesh": "×".join(map(str, mesh_shape)), "rows": n_rows}
                 about["placement"] = " ".join(map(str, placements))
                 for provider, function in (("torch", case.formula), ("ours", case.function)):
