@@ -12,6 +12,7 @@ a minute.
 
 import sys
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -110,13 +111,13 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def measure(mesh_shape: tuple[int, ...]) -> list[dict]:
-    """The rows of a mesh; in each of its processes."""
+def measure(mesh_shape: tuple[int, ...], names: Collection[str] = tuple(OPERATORS)) -> list[dict]:
+    """The rows of a mesh, of the operators of these names; in each of its processes."""
     # Autograd's stream of a CPU, and DTensor's own use of what torch has deprecated.
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", mesh_shape)
     rows = []
-    for name, row in OPERATORS.items():
+    for name, row in ((name, OPERATORS[name]) for name in names):
         for kind, case in row.cases.items() if row.family != "siglip" else ():
             for n_rows, placements in PLACEMENTS[mesh_shape]:
                 torch.manual_seed(0)
