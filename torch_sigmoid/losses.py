@@ -344,7 +344,7 @@ def _loss(
         dtype = torch.float32
     operator = Loss(*options, dtype)
     operands = input, target, weight, pos_weight
-    if operator.reduction == "mean" and is_distributed(type(input)) and listener() < operator.formula_from:
+    if operator.reduction == "mean" and listener() < operator.formula_from and is_distributed(type(input)):
         # A mean of the means of shards would be wrong where they are of different sizes.
         wide = torch.promote_types(dtype, torch.float32)
         total = record(replace(operator, reduction="sum", dtype=wide), *operands)
