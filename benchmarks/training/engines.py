@@ -303,6 +303,8 @@ def parse(argv) -> argparse.Namespace:
             parser.error(f"--kill-rank must be 0 to {world - 1}, got {arguments.kill_rank}")
         if not 1 <= arguments.kill_at_step <= arguments.steps:
             parser.error(f"--kill-at-step must be 1 to {arguments.steps}, got {arguments.kill_at_step}")
+    if arguments.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {arguments.device}")
     if arguments.device.type == "cuda":
         arguments.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if arguments.device.index >= torch.cuda.device_count():
