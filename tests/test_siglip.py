@@ -1,11 +1,7 @@
-"""The sigmoid loss of image-text pairs: equal to the plain formula, in chunks, in every mode, on one process and on two."""
+"""The sigmoid loss of image-text pairs: equal to the plain formula, in chunks, in every mode."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
@@ -15,12 +11,9 @@ from reference import random, runs_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_sigmoid as ts
-from torch_sigmoid import siglip
 from torch_sigmoid.operators import siglip_loss as plain
 
 pytestmark = pytest.mark.ways("ptx")
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def pairs(size, width, dtype, device, scale=10.0, bias=-3.0):
@@ -208,7 +201,7 @@ BAD = {
         ValueError,
         "image_features on cpu and text_features on meta",
     ),
-    "a group": (lambda: ts.siglip_loss(features, features, 1.0, group=3), TypeError, "process group of this rank or .* got 3"),
+    "a group": (lambda: ts.siglip_loss(features, features, 1.0, group=3), TypeError, "group must be a process group .* got 3"),
     "no world": (lambda: ts.siglip_loss(features, features, 1.0, group="world"), ValueError, "init_process_group"),
     "a complex scale": (
         lambda: ts.siglip_loss(features, features, torch.tensor(1j)),
@@ -280,135 +273,3 @@ def test_kernels_of_a_chunk(device, monkeypatch):
     tensors = [tensor.requires_grad_() for tensor in pairs(20, 4, torch.float32, device)]
     ts.siglip_loss(*tensors, chunk_size=10).backward()
     assert launches == ["_forward"] * 2 + ["_gradient"] * 2
-
-
-# What each of the ranks runs: features of its own, the loss and its gradients over the group, written to a file.
-RANK = """
-import sys, torch, torch.distributed as dist
-import torch_sigmoid as ts
-
-folder, rank, size, wrong = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-image, text, scale, bias = torch.load(f"{folder}/all.pt")
-own = slice(rank * len(image) // size, (rank + 1) * len(image) // size)
-# Features as a model that packs them leaves them.
-image, text = torch.cat([image, text], 1)[own].chunk(2, 1)
-tensors = [each.detach().requires_grad_() for each in (image, text, scale, bias)]
-results = []
-if wrong == "batch":
-    try:
-        ts.siglip_loss(*(each[: len(each) - rank] for each in tensors[:2]), *tensors[2:], group=dist.group.WORLD)
-    except ValueError as error:
-        results.append(str(error))
-elif wrong in ("dtype", "needs", "chunk"):
-    if wrong == "dtype" and rank:
-        tensors = [each.detach().half().requires_grad_() for each in tensors]
-    if wrong == "needs" and rank:
-        tensors[0] = tensors[0].detach()
-    try:
-        ts.siglip_loss(*tensors, chunk_size=1 - rank if wrong == "chunk" else 3, group=dist.group.WORLD)
-    except ValueError as error:
-        results.append(str(error))
-elif wrong == "create_graph":
-    loss = ts.siglip_loss(*tensors, group=dist.group.WORLD)
-    try:
-        torch.autograd.grad(loss, tensors, create_graph=True)
-    except RuntimeError as error:
-        results.append(str(error))
-else:
-    for _ in range(2):
-        loss = ts.siglip_loss(*tensors, chunk_size=3, group="world")
-        results.append([loss.detach(), *torch.autograd.grad(2 * loss, tensors)])
-dist.barrier()
-torch.save(results, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def run_ranks(folder, size, tensors, wrong="nothing"):
-    torch.save(tuple(tensors), folder / "all.pt")
-    script = folder / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
-    environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, script, folder, str(rank), str(size), wrong], env=environment, cwd=ROOT)
-        for rank in range(size)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-
-
-distributed = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
-
-
-@distributed
-@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (2, torch.bfloat16), (3, torch.float32)], ids=str)
-def test_ranks_have_the_loss_and_the_averaged_gradients_of_the_gathered_batch(size, dtype, tmp_path):
-    tensors = pairs(size * 8, 6, dtype, "cpu")
-    loss, to_image, to_text, to_scale, to_bias = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=3), tensors)
-    ranks = run_ranks(tmp_path, size, tensors)
-    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-
-    def close(actual, expected):
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
-
-    for results in ranks:
-        # The second call, over the same ring, gives the same.
-        assert all(map(torch.equal, *results))
-        close(results[0][0], loss)
-    # As DistributedDataParallel averages the gradients of what is upstream of the features.
-    first = [results[0] for results in ranks]
-    close(torch.cat([each[1] for each in first]) / size, to_image)
-    close(torch.cat([each[2] for each in first]) / size, to_text)
-    close(sum(each[3] for each in first) / size, to_scale)
-    close(sum(each[4] for each in first) / size, to_bias)
-
-
-@distributed
-def test_a_rank_with_another_batch_size_is_an_error_on_every_rank(tmp_path):
-    for (message,) in run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "batch"):
-        assert "all ranks must have features of one shape and dtype, got (4, 3) torch.float32" in message
-        assert "(3, 3) torch.float32" in message
-
-
-@distributed
-def test_ranks_of_other_dtypes_or_needs_are_an_error_on_every_rank(tmp_path):
-    for wrong, found in (("dtype", "torch.float16"), ("needs", "gradients [False, True, True, True]")):
-        (tmp_path / wrong).mkdir()
-        for (message,) in run_ranks(tmp_path / wrong, 2, pairs(8, 3, torch.bfloat16, "cpu"), wrong):
-            assert found in message
-
-
-@distributed
-def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(tmp_path):
-    first, second = run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "chunk")
-    assert "chunk_size must be at least 1, got 0" in second[0]
-    assert "chunk_size must be at least 1, got 0" in first[0]
-
-
-@distributed
-def test_a_second_derivative_over_a_group_is_an_error(tmp_path):
-    for (message,) in run_ranks(tmp_path, 2, pairs(8, 3, torch.float32, "cpu"), "create_graph"):
-        assert "no second derivative" in message
-
-
-def test_a_group_of_one_needs_nobody(tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("needs torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        tensors = pairs(5, 3, torch.float64, "cpu")
-        group = torch.distributed.group.WORLD
-        actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, group=group), tensors)
-        torch.testing.assert_close(actual, value_and_gradients(ts.siglip_loss, tensors))
-        assert ts.SigLIPLoss(group=group).extra_repr().endswith("distributed")
-        assert copy.deepcopy(torch.nn.Sequential(ts.SigLIPLoss(group=group)))[0].group is group
-    finally:
-        torch.distributed.destroy_process_group()
-        siglip._calls.clear()

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -195,15 +195,3 @@ def number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> T
     if value.dim() or value.device.type != "cpu":
         check_devices(caller, **{"image_features": like, name: value})
     return value.reshape(()).to(like.device, dtype, non_blocking=True)
-
-
-def process_group(group: "torch.distributed.ProcessGroup | str") -> "torch.distributed.ProcessGroup":
-    """The group that "world" stands for at this time, or the group itself."""
-    distributed = torch.distributed
-    if group == "world":
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
-        return cast("torch.distributed.ProcessGroup", distributed.group.WORLD)
-    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
-        raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
-    return group

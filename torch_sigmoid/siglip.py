@@ -9,7 +9,7 @@ Only `chunk_size` rows of the matrix exist at a time, in forward and, computed a
 are what is saved. Distributed, the texts pass from rank to rank around a ring, and in backward their gradients with them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ from .checks import (
     described,
     number_for,
     overridable,
-    process_group,
     promoted,
 )
 from .dispatch import NOBODY, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted
-from .internals import apply_of, graph_break, store_of
+from .internals import apply_of, graph_break
 from .losses import autocasts, own_dtypes
+from .ring import Alone, Ring, agree, resolved, ring_of, warn_if_forgotten
 
 
 def _chunks(image: Tensor, chunk_size: int) -> list[slice]:
@@ -105,60 +105,6 @@ class Pairs:
         return gradient.to(similarity.dtype)
 
 
-class Ring:
-    """The ranks of a process group, each of which sends to the next and receives from the one before."""
-
-    size: int
-    next: int
-    before: int
-
-    def __init__(self, group: "dist.ProcessGroup") -> None:
-        self.group = group
-        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        self.next, self.before = (dist.get_global_rank(group, (rank + step) % self.size) for step in (1, -1))
-
-    def exchange(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Sends a tensor on; returns a function that waits for its counterpart and gives it."""
-        tensor = tensor.contiguous()
-        received = torch.empty_like(tensor)
-        sending = dist.P2POp(dist.isend, tensor, self.next, self.group)
-        works = dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, self.before, self.group)])
-
-        def wait() -> Tensor:
-            for work in works:
-                work.wait()
-            return received
-
-        return wait
-
-    def texts(self, text: Tensor) -> Iterator[Tensor]:
-        """Each rank's texts in turn, this rank's first; the next ones arrive while the caller works on the present ones."""
-        for step in range(self.size):
-            pending = self.exchange(text) if step + 1 < self.size else None
-            yield text
-            if pending is not None:
-                text = pending()
-
-    def mean(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, group=self.group)
-        return value / self.size
-
-
-class Alone:
-    """A ring of one."""
-
-    size = 1
-
-    def texts(self, text: Tensor) -> Iterator[Tensor]:
-        yield text
-
-    def exchange(self, tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor
-
-    def mean(self, value: Tensor) -> Tensor:
-        return value
-
-
 def _sum_type(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
@@ -179,15 +125,14 @@ class SigLIPFunction(Function):
     ) -> Tensor:
         ctx.save_for_backward(image, text, scale, bias)
         ctx.chunk_size = chunk_size
-        ring: Ring | Alone
-        ctx.ring = ring = Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
+        ctx.ring = ring = ring_of(group)
         pairs = Pairs(image, text, scale, bias, 1, ring.size, chunk_size)
         with own_dtypes(image.device.type):
-            for rank, texts in enumerate(ring.texts(text)):
+            for rank, texts, _ in ring.round(text, _ids(text)):
                 for chunk, rows in enumerate(pairs.rows):
-                    pairs.add_losses(image[rows] @ texts.mT, rank, chunk)
+                    pairs.add_losses(image[rows] @ texts.mT, (rank - ring.rank) % ring.size, chunk)
         (total,) = pairs.totals()
-        return ring.mean(total / image.shape[0]).to(dtype)
+        return (ring.sum(total) / (image.shape[0] * ring.size)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -205,28 +150,31 @@ class SigLIPFunction(Function):
 
 
 def gradients(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring: Ring | Alone, needs: Sequence[bool]
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk_size: int, ring: Alone, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """G·text and Gᵀ·image, None where not needed, and ΣG·⟨image, text⟩ with ΣG.
 
     The gradients of the texts go around the ring with them, and come home in the end.
     """
     pairs = Pairs(image, text, scale, bias, 2, ring.size, chunk_size)
-    to_image, to_texts = (
-        tensor.new_zeros(tensor.shape, dtype=_sum_type(tensor)) if needed else None
-        for tensor, needed in zip((image, text), needs)
-    )
+    to_image = image.new_zeros(image.shape, dtype=_sum_type(image)) if needs[0] else None
+    round = ring.round(text, _ids(text))
     with own_dtypes(image.device.type):
-        for rank, texts in enumerate(ring.texts(text)):
+        for rank, texts, _ in round:
+            to_texts = text.new_zeros(text.shape, dtype=_sum_type(text)) if needs[1] else None
             for chunk, rows in enumerate(pairs.rows):
-                gradient = pairs.gradient(image[rows] @ texts.mT, rank, chunk)
+                gradient = pairs.gradient(image[rows] @ texts.mT, (rank - ring.rank) % ring.size, chunk)
                 if to_image is not None:
                     _add_product(to_image[rows], gradient, texts)
                 if to_texts is not None:
                     _add_product(to_texts, gradient.mT, image[rows])
             if to_texts is not None:
-                to_texts = ring.exchange(to_texts)()
-    return to_image, to_texts, pairs.totals()
+                round.give(to_texts)
+    return to_image, round.collected() if needs[1] else None, pairs.totals()
+
+
+def _ids(text: Tensor) -> Tensor:
+    return torch.zeros(text.shape[0], dtype=torch.int64, device=text.device)
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
@@ -293,26 +241,6 @@ def apply(
     return _apply(*tensors, chunk_size, group, dtype)
 
 
-_calls: dict[str, int] = {}
-
-
-def told_by_ranks(group: "dist.ProcessGroup", told: str) -> list[str]:
-    """Tell the other ranks, over the group's store and without waiting for a device; returns what each of them told."""
-    store = store_of(group)
-    call = _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-
-    def key(call: int, rank: int) -> str:
-        return f"torch_sigmoid/siglip/{call}/{rank}"
-
-    store.set(key(call, rank), told)
-    found = store.multi_get([key(call, other) for other in range(size)])
-    if call > 1:
-        # Every rank has begun this call, so all have read what was told at the last one.
-        store.delete_key(key(call - 1, rank))
-    return [each.decode() for each in found]
-
-
 @overridable
 def siglip_loss(
     image_features: Tensor,
@@ -362,25 +290,26 @@ def siglip_loss(
         tensor(0.6933)
     """
     arguments = image_features, text_features, logit_scale, logit_bias
-    if group is None:
+    if torch.compiler.is_compiling():
+        if group is not None:
+            graph_break()
+    elif group is None:
+        warn_if_forgotten()
+    ranks = resolved(group)
+    if ranks is None or dist.get_world_size(ranks) == 1:
         image, text, scale, bias, dtype = _siglip_operands(*arguments, chunk_size)
         return apply(image, text, scale, bias, chunk_size, None, dtype)
-    if torch.compiler.is_compiling():
-        graph_break()
-    group = process_group(group)
     # A rank that fails tells the others, which would wait for it.
     try:
         image, text, scale, bias, dtype = _siglip_operands(*arguments, chunk_size)
-    except (TypeError, ValueError) as error:
-        told_by_ranks(group, str(error))
+        if listener() >= TRANSFORM:
+            raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
+    except (TypeError, ValueError, RuntimeError) as error:
+        agree(ranks, "", error)
         raise
     needs = [torch.is_grad_enabled() and each.requires_grad for each in (image, text, scale, bias)]
-    found = told_by_ranks(group, f"{tuple(image.shape)} {image.dtype}, gradients {needs}")
-    if len(set(found)) > 1:
-        raise ValueError(f"siglip_loss(): all ranks must have features of one shape and dtype, got {'; '.join(found)}")
-    if len(found) > 1 and listener() >= TRANSFORM:
-        raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
-    return apply(image, text, scale, bias, chunk_size, group, dtype)
+    agree(ranks, f"features {tuple(image.shape)} {image.dtype}, gradients {needs}")
+    return apply(image, text, scale, bias, chunk_size, ranks, dtype)
 
 
 def _siglip_operands(

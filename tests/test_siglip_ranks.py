@@ -1,0 +1,333 @@
+"""siglip_loss over several processes: equal to the plain formula of the whole batch, and the same error on every rank."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import torch_sigmoid as ts
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("needs gloo", allow_module_level=True)
+
+from ranks import Ranks, join_group
+
+from torch_sigmoid import ring as rings
+
+# Of the largest expected value; the arithmetic is that of the features' dtype, in another order of sums.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.end()
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two processes that a test may destroy, with a group that waits for 3 seconds."""
+    ranks = Ranks(2, tmp_path, timeout=3)
+    yield ranks
+    ranks.end()
+
+
+_groups = {}
+
+
+def group_of(size):
+    """On every rank: the group of the first `size` ranks."""
+    if size not in _groups:
+        _groups[size] = dist.new_group(range(size))
+    return _groups[size]
+
+
+def batch(size, width=6, dtype=torch.float64, n_texts=None):
+    """The same on each rank: features, scale and bias."""
+    generator = torch.Generator().manual_seed(size)
+    image, text = (
+        F.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+        for n in (size, n_texts or size)
+    )
+    return image, text, torch.tensor(7.0, dtype=dtype), torch.tensor(-3.0, dtype=dtype)
+
+
+def plain(image, text, scale, bias):
+    logits = scale * image @ text.T + bias
+    signs = 2 * torch.eye(*logits.shape, dtype=logits.dtype) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(image)
+
+
+def value_and_gradients(function, tensors):
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    loss = function(*tensors)
+    return loss.detach(), *torch.autograd.grad(2 * loss, tensors)
+
+
+def assert_close(actual, expected, tolerance):
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def own_rows(tensor, size):
+    """This rank's part, as a model leaves it that packs both features into one tensor."""
+    rows = tensor.chunk(size)[dist.get_rank()]
+    return torch.cat([rows, rows], 1)[:, : rows.shape[1]]
+
+
+def error_of(function, *arguments, **options):
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
+        function(*arguments, **options)
+    return type(raised.value).__name__, str(raised.value)
+
+
+def assert_the_whole_batch(size, dtype):
+    group = group_of(size)
+    if dist.get_rank() >= size:
+        return
+    image, text, scale, bias = batch(8 * size, dtype=dtype)
+    expected = value_and_gradients(plain, [each.double() for each in (image, text, scale, bias)])
+    tensors = own_rows(image, size), own_rows(text, size), scale, bias
+    for chosen in [group, "world"] if size == dist.get_world_size() else [group]:
+        # The second call, over the same ring, gives the same.
+        for _ in range(2):
+            actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=3, group=chosen), tensors)  # noqa: B023
+            assert_close(actual[0], expected[0], TOLERANCES[dtype])
+            for each, whole in zip(actual[1:3], expected[1:3]):
+                assert_close(each / size, own_rows(whole, size), TOLERANCES[dtype])
+            for each, whole in zip(actual[3:], expected[3:]):
+                # As DistributedDataParallel averages the gradients of parameters.
+                each = each.double() / size
+                dist.all_reduce(each, group=group)
+                assert_close(each, whole, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_have_the_loss_and_the_averaged_gradients_of_the_whole_batch(four, size, dtype):
+    four.run(assert_the_whole_batch, size, dtype)
+
+
+def assert_open_clip(size, bidir):
+    from open_clip.loss import SigLipLoss
+
+    group = group_of(size)
+    rank = dist.get_rank()
+    if rank >= size:
+        return
+    image, text, scale, bias = batch(8 * size)
+    tensors = own_rows(image, size), own_rows(text, size), scale, bias
+    # Its exchange is over the default group, so smaller ones take its neighbours out of the world.
+    theirs = SigLipLoss(rank=rank, world_size=size, dist_impl="bidir" if bidir else "shift")
+    value, *expected = value_and_gradients(theirs, tensors)
+    dist.all_reduce(value, group=group)
+    actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, group=group), tensors)
+    for each, other in zip(actual, (value / size, *expected)):
+        assert_close(each, other, 1e-12)
+
+
+@pytest.mark.parametrize("bidir", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_have_what_open_clip_gives_them(four, size, bidir):
+    pytest.importorskip("open_clip")
+    four.run(assert_open_clip, size, bidir)
+
+
+def log_of_round(size, with_gradients):
+    """Owners in their order, messages as they went out among them, and the collected gradient."""
+    group = group_of(size)
+    rank = dist.get_rank()
+    if rank >= size:
+        return None
+    log, send = [], dist.batch_isend_irecv
+
+    def batch_isend_irecv(messages):
+        log.append(
+            [(each.peer, each.tensor.numel() * each.tensor.element_size()) for each in messages if each.op is dist.isend]
+        )
+        return send(messages)
+
+    dist.batch_isend_irecv = batch_isend_irecv
+    try:
+        rows = 2
+        texts = rings.ring_of(group).round(torch.full((rows, 4), float(rank)), torch.full((rows,), rank))
+        for owner, text, ids in texts:
+            assert text.eq(owner).all()
+            assert ids.eq(owner).all()
+            log.append(owner)
+            if with_gradients:
+                texts.give(torch.full((rows, 4), 10.0**rank * (1 + owner)))
+        return log, texts.collected()[0, 0].item() if with_gradients else None
+    finally:
+        dist.batch_isend_irecv = send
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_texts_go_both_ways_in_the_fewest_steps_and_messages(four, size, with_gradients):
+    for rank, (log, collected) in enumerate(four.run(log_of_round, size, with_gradients)[:size]):
+        owners = [each for each in log if isinstance(each, int)]
+        batches = [each for each in log if isinstance(each, list)]
+        assert sorted(owners) == list(range(size))
+        assert owners[0] == rank
+        # A block of two texts of four fp32 numbers and two ids.
+        sent = [length for each in batches for _, length in each]
+        assert sent.count(2 * 8) == size - 1
+        assert sent.count(2 * 4 * 4) == (size - 1) * (1 + with_gradients)
+        neighbours = {(rank + 1) % size, (rank - 1) % size}
+        assert {peer for each in batches[: size // 2] for peer, _ in each} <= neighbours
+        # Messages go out before the computation that hides them.
+        assert log[: 1 + (size > 1)] == [*batches[:1], rank]
+        with_texts = [each for each in batches if any(length == 2 * 8 for _, length in each)]
+        assert len(with_texts) == size // 2
+        # And the gradients: one batch more for the last step's, one for the way home.
+        assert len(batches) <= size // 2 + 2 * with_gradients
+        if with_gradients:
+            assert collected == (1 + rank) * sum(10**other for other in range(size))
+
+
+def assert_uneven(sizes):
+    group = group_of(len(sizes))
+    rank = dist.get_rank()
+    if rank >= len(sizes):
+        return
+    rows = sizes[rank]
+    texts = rings.ring_of(group).round(torch.full((rows, 4), float(rank)), torch.full((rows,), rank), sizes)
+    for owner, text, ids in texts:
+        assert torch.equal(text, torch.full((sizes[owner], 4), float(owner)))
+        assert torch.equal(ids, torch.full((sizes[owner],), owner))
+        texts.give(text + 10.0**rank)
+    assert torch.equal(texts.collected(), torch.full((rows, 4), sum(rank + 10.0**other for other in range(len(sizes)))))
+
+
+@pytest.mark.parametrize("sizes", [[3, 2], [2, 2, 1], [1, 0, 5], [3, 3, 3, 0], [0, 1, 2, 3]], ids=str)
+def test_texts_of_ranks_that_have_unequally_many(four, sizes):
+    four.run(assert_uneven, sizes)
+
+
+def disagree(case):
+    """Rank 1 does something else than the others."""
+    rank = dist.get_rank()
+    image, text, scale, bias = (each.requires_grad_() for each in batch(4, 3, torch.bfloat16))
+    options = {"group": "world"}
+    if rank == 1:
+        if case == "batch":
+            image, text = image[:3], text[:3]
+        elif case == "dtype":
+            image, text = image.half(), text.half()
+        elif case == "gradient":
+            image = image.detach()
+        elif case == "chunk_size":
+            options["chunk_size"] = 0
+        elif case == "scale":
+            scale = "7"
+    if case == "everybody":
+        options["chunk_size"] = 0
+    return error_of(ts.siglip_loss, image, text, scale, bias, **options)
+
+
+DISAGREEMENTS = {
+    "batch": ("ValueError", ["on rank 0, 2-3: ", "(4, 3) torch.bfloat16", "on rank 1: ", "(3, 3) torch.bfloat16"]),
+    "dtype": ("ValueError", ["on rank 0, 2-3: ", "torch.bfloat16", "on rank 1: ", "torch.float16"]),
+    "gradient": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: "]),
+    "chunk_size": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: ValueError: chunk_size must be at least 1, got 0"]),
+    "scale": ("TypeError", ["on rank 0, 2-3: ", "on rank 1: TypeError: logit_scale must be a torch.Tensor, got str"]),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_what_one_rank_does_alone_is_the_same_error_on_every_rank(four, case):
+    error, found = DISAGREEMENTS[case]
+    outcomes = four.run(disagree, case, within=10)
+    assert len(set(outcomes)) == 1
+    assert outcomes[0][0] == error
+    assert "expected the same on each rank" in outcomes[0][1]
+    for each in found:
+        assert each in outcomes[0][1]
+    # And the ranks can go on.
+    four.run(assert_the_whole_batch, 4, torch.float64, within=10)
+
+
+def test_what_every_rank_does_wrong_is_the_error_of_one(four):
+    expected = "ValueError", "siglip_loss(): chunk_size must be at least 1, got 0"
+    assert four.run(disagree, "everybody", within=10) == [expected] * 4
+
+
+def second_derivative():
+    tensors = [each.requires_grad_() for each in batch(4)]
+    loss = ts.siglip_loss(*tensors, group="world")
+    return error_of(torch.autograd.grad, loss, tensors, create_graph=True)
+
+
+def test_a_second_derivative_over_a_group_is_an_error(four):
+    for _, message in four.run(second_derivative):
+        assert "no second derivative" in message
+
+
+def transforms():
+    image, *others = batch(4)
+    return error_of(torch.func.grad(lambda image: ts.siglip_loss(image, *others, group="world")), image)
+
+
+def test_a_transform_over_a_group_is_an_error(four):
+    for error, message in four.run(transforms):
+        assert error == "RuntimeError"
+        assert "eager reverse mode" in message
+
+
+def dies(after):
+    """Rank 1 ends, its process and all, `after` so many calls."""
+    tensors = [each.requires_grad_() for each in batch(4)]
+    for _ in range(after):
+        ts.siglip_loss(*tensors, group="world").backward()
+    if dist.get_rank() == 1:
+        os._exit(1)
+    start = time.monotonic()
+    return *error_of(ts.siglip_loss, *tensors, group="world"), time.monotonic() - start
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_rank_that_has_ended_is_an_error_on_the_others(two, after):
+    (error, message, seconds), other = two.outcomes(dies, after, within=20)
+    assert other is None
+    assert error == "RuntimeError"
+    assert "expected a call on each of the ranks 0-1, but one has ended or did not call in time" in message
+    assert seconds < 5
+
+
+def stays_away():
+    tensors = batch(4)
+    if dist.get_rank() == 0:
+        return error_of(ts.siglip_loss, *tensors, group="world")
+    time.sleep(4)
+    return None
+
+
+def test_a_rank_that_does_not_call_is_an_error_on_the_others(two):
+    (error, message), _ = two.outcomes(stays_away, within=20)
+    assert error == "RuntimeError"
+    assert "did not call in time" in message
+
+
+def calls(number):
+    return [ts.siglip_loss(*batch(4), group="world").item() for _ in range(number)]
+
+
+def joins_again(rendezvous):
+    """Rank 0 leaves its group and meets the new process of rank 1."""
+    if dist.get_rank() == 0:
+        dist.destroy_process_group()
+        join_group(0, 2, rendezvous, 3)
+    return calls(2)
+
+
+def test_a_group_with_a_restarted_worker_starts_anew(two, tmp_path):
+    """Nothing of a call outlives its group: rank 0 has made calls that the new process of rank 1 has not."""
+    before = two.run(calls, 2)
+    two.processes[1].kill()
+    two.processes[1].join()
+    two.start(1, tmp_path / "again")
+    assert two.run(joins_again, tmp_path / "again", within=10) == before
