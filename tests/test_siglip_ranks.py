@@ -1,7 +1,11 @@
 """siglip_loss over several processes: equal to the plain formula of the whole batch, and the same error on every rank."""
 
+import copy
+import gc
 import os
 import time
+import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
 
 from ranks import Ranks, join_group
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_sigmoid import ring as rings
 
@@ -119,8 +124,7 @@ def assert_open_clip(size, bidir):
     if rank >= size:
         return
     image, text, scale, bias = batch(8 * size)
-    tensors = own_rows(image, size), own_rows(text, size), scale, bias
-    # Its exchange is over the default group, so smaller ones take its neighbours out of the world.
+    tensors = own_rows(image, size).contiguous(), own_rows(text, size).contiguous(), scale, bias
     theirs = SigLipLoss(rank=rank, world_size=size, dist_impl="bidir" if bidir else "shift")
     value, *expected = value_and_gradients(theirs, tensors)
     dist.all_reduce(value, group=group)
@@ -331,3 +335,133 @@ def test_a_group_with_a_restarted_worker_starts_anew(two, tmp_path):
     two.processes[1].join()
     two.start(1, tmp_path / "again")
     assert two.run(joins_again, tmp_path / "again", within=10) == before
+
+
+def assert_meshes():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    tensors = batch(3, n_texts=3)
+    tensors = (tensors[0] + rank, *tensors[1:])
+    line = init_device_mesh("cpu", (size,))
+    expected = ts.siglip_loss(*tensors, group="world")
+    assert torch.equal(ts.siglip_loss(*tensors, group=line), expected)
+    assert torch.equal(ts.SigLIPLoss(group=line)(*tensors), expected)
+    plane = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+    of_column = ts.siglip_loss(*tensors, group=plane.get_group("dp"))
+    assert torch.equal(ts.siglip_loss(*tensors, group=plane["dp"]), of_column)
+    assert not torch.equal(of_column, expected)
+    error, message = error_of(ts.siglip_loss, *tensors, group=plane)
+    assert error == "ValueError"
+    assert "group must be a DeviceMesh of one dimension, got DeviceMesh((dp=2, tp=2)" in message
+    assert 'e.g. mesh["dp"]' in message
+    _, message = error_of(ts.siglip_loss, *tensors, group=init_device_mesh("cpu", (size // 2, 2)))
+    assert "mesh_dim_names" in message
+
+
+def test_a_device_mesh_of_one_dimension_stands_for_its_group(four):
+    four.run(assert_meshes)
+
+
+def errors_outside():
+    """What ranks outside of a group get, for what new_group gives them in its place, and for a mesh."""
+    groups = dist.new_group([0, 1]), DeviceMesh("cpu", [0, 1])
+    tensors = batch(2)
+    if dist.get_rank() < 2:
+        return [ts.siglip_loss(*tensors, group=each).item() for each in groups]
+    return [error_of(ts.siglip_loss, *tensors, group=each) for each in groups]
+
+
+def test_a_group_must_hold_the_rank(four):
+    inside, again, *outside = four.run(errors_outside)
+    assert inside == again
+    for rank, errors in enumerate(outside, 2):
+        assert {error for error, _ in errors} == {"ValueError"}
+        assert "group must hold this rank, got what torch.distributed.new_group gives to ranks outside" in errors[0][1]
+        assert f"group must hold this rank, {rank}, got a DeviceMesh of ranks 0-1" in errors[1][1]
+
+
+def error_of_a_destroyed_group():
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    dist.destroy_process_group(group)
+    return error_of(ts.siglip_loss, *batch(2), group=group)
+
+
+def test_a_destroyed_group_is_an_error(four):
+    for error, message in four.run(error_of_a_destroyed_group):
+        assert error == "ValueError"
+        assert "got one that was destroyed" in message
+
+
+def forgets():
+    """The warnings of three calls: without a group, again, and with a group of this rank alone."""
+    rings._has_warned = False
+    tensors = batch(2)
+    found = []
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for group in (alone, None, None):
+            ts.siglip_loss(*tensors, group=group)
+            found.append(len(caught))
+        rings._has_warned = False
+        ts.SigLIPLoss()(*tensors)
+    return found, str(caught[0].message), {each.category.__name__ for each in caught}, caught[0].filename
+
+
+def test_a_forgotten_group_warns_once(four):
+    for found, message, categories, filename in four.run(forgets):
+        assert found == [0, 1, 1]
+        assert "torch.distributed runs on 4 ranks, but group is None" in message
+        assert 'pass group="world"' in message
+        assert categories == {"UserWarning"}
+        assert filename == __file__
+
+
+def test_one_process_has_no_group_to_forget():
+    assert not dist.is_initialized()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ts.siglip_loss(*batch(2))
+    assert not rings._has_warned
+
+
+def assert_copies():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    calls = []
+    tensors = batch(2)
+    for group in (mesh, dist.group.WORLD, "world"):
+        module = ts.SigLIPLoss(group=group)
+        module.register_forward_hook(lambda *_: calls.append("original"))
+        twin = copy.deepcopy(torch.nn.Sequential(module))[0]
+        twin.register_forward_hook(lambda *_: calls.append("copy"))
+        assert twin.group is group
+        assert torch.equal(module(*tensors), ts.siglip_loss(*tensors, group=group))
+        assert calls == ["original"]
+        twin(*tensors)
+        assert calls == ["original", "original", "copy"]
+        calls.clear()
+
+
+def test_a_deep_copy_has_the_group_and_hooks_of_its_own(four):
+    four.run(assert_copies)
+
+
+def assert_host_group():
+    """A group that has gloo for no CPU, like one of NCCL alone, agrees over one that is made once and ends with it."""
+    size = dist.get_world_size()
+    group = dist.new_group(range(size), backend="cuda:gloo", timeout=timedelta(seconds=7))
+    for _ in range(2):
+        assert rings.agree(group, "same", rows=(dist.get_rank(), 1)) == [(rank, 1) for rank in range(size)]
+        (host,) = rings._host_groups.values()
+    assert host.options._timeout == timedelta(seconds=7)
+    _, message = error_of(rings.agree, group, f"{dist.get_rank() % 2}")
+    assert "on rank 0, 2: 0; on rank 1, 3: 1" in message
+    assert list(rings._host_groups.values()) == [host]
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert not len(rings._host_groups)
+    assert rings.agree(dist.group.WORLD, "same") == [(0, 0)] * size
+
+
+def test_hosts_of_a_group_without_gloo_agree_over_one_that_has_it(four):
+    four.run(assert_host_group)

@@ -129,6 +129,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
+def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_c10d.Store":
+    """The store over which the hosts of a process group meet."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
 def timeout_of(group: "torch.distributed.ProcessGroup") -> timedelta:
     """How long a process group waits for a rank; torch takes it, but does not give it back."""
     timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout

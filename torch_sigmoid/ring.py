@@ -14,14 +14,15 @@ bytes would go, but most of them to far ranks, that is, between machines.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from weakref import WeakKeyDictionary, finalize
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .internals import timeout_of
+from .internals import store_of, timeout_of
 
 CALLER = "siglip_loss()"
 
@@ -265,7 +266,7 @@ def agree(
     found = own.new_empty((dist.get_world_size(group), own.numel()))
     ranks = dist.get_process_group_ranks(group)
     try:
-        dist.all_gather(list(found), own, group=_host_group(group))
+        _host_group(group).allgather([list(found)], [own]).wait()
     except RuntimeError as failure:
         raise RuntimeError(
             f"{CALLER}: expected a call on each of the ranks {_spans(ranks)}, but one has ended or did not call in time"
@@ -295,26 +296,17 @@ def _spans(ranks: Sequence[int]) -> str:
     return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
-# For a group whose hosts cannot talk over gloo, a group of the same ranks that can; it goes when its group goes.
-_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+# For a group whose hosts cannot talk over gloo, one of the same ranks that can; it goes when the group goes.
+_host_groups: "WeakKeyDictionary[dist.ProcessGroup, Any]" = WeakKeyDictionary()
 
 
-def _host_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
-    """A group of the same ranks that sends what lies in the host's memory, with the same timeout."""
+def _host_group(group: "dist.ProcessGroup") -> Any:
+    """A group of the same ranks, with the same timeout, that sends what lies in the host's memory."""
     if "cpu:gloo" in dist.get_backend_config(group).split(","):
         return group
     if group not in _host_groups:
-        ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group)
-        host = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
-        _host_groups[group] = host
-        finalize(group, _destroy, host).atexit = False
+        # torch.distributed.new_group would have to be called by every rank of the world. With use_local_synchronization it need
+        # not, but then hangs if ranks have unequally many groups: it names the group by their number.
+        store = dist.PrefixStore("torch_sigmoid/", store_of(group))  # type: ignore[attr-defined]  # torch exports it all the same
+        _host_groups[group] = dist.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout_of(group))
     return _host_groups[group]
-
-
-def _destroy(group: "dist.ProcessGroup") -> None:
-    """Destroy a group, unless torch.distributed has done so."""
-    try:
-        dist.get_rank(group)
-    except ValueError:
-        return
-    dist.destroy_process_group(group)
