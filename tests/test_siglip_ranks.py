@@ -199,7 +199,7 @@ def assert_uneven(sizes):
     if rank >= len(sizes):
         return
     rows = sizes[rank]
-    texts = rings.ring_of(group).round(torch.full((rows, 4), float(rank)), torch.full((rows,), rank), sizes)
+    texts = rings.ring_of(group, sizes).round(torch.full((rows, 4), float(rank)), torch.full((rows,), rank))
     for owner, text, ids in texts:
         assert torch.equal(text, torch.full((sizes[owner], 4), float(owner)))
         assert torch.equal(ids, torch.full((sizes[owner],), owner))
@@ -234,7 +234,7 @@ def disagree(case):
 
 
 DISAGREEMENTS = {
-    "batch": ("ValueError", ["on rank 0, 2-3: ", "(4, 3) torch.bfloat16", "on rank 1: ", "(3, 3) torch.bfloat16"]),
+    "batch": ("ValueError", ["on rank 0, 2-3: ", "text_features (4, 3), torch.bfloat16", "on rank 1: ", "text_features (3, 3), torch.bfloat16"]),
     "dtype": ("ValueError", ["on rank 0, 2-3: ", "torch.bfloat16", "on rank 1: ", "torch.float16"]),
     "gradient": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: "]),
     "chunk_size": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: ValueError: chunk_size must be at least 1, got 0"]),

@@ -12,6 +12,7 @@ bytes would go, but most of them to far ranks, that is, between machines.
                                              gradients, step 1
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .dispatch import PLAIN_TYPES
 from .internals import store_of, timeout_of
 
 CALLER = "siglip_loss()"
@@ -32,10 +34,12 @@ class Alone:
 
     size = 1
     rank = 0
+    # How many texts each rank has, if not all have as many.
+    sizes: Sequence[int] | None = None
 
-    def round(self, text: Tensor, ids: Tensor, sizes: Sequence[int] | None = None) -> "Round":
-        """Pass `text` and its `ids` around. `sizes`: how many texts each rank has, if not all have as many."""
-        return Round(self, text, ids, sizes or [text.shape[0]] * self.size)
+    def round(self, text: Tensor, ids: Tensor) -> "Round":
+        """Pass `text` and its `ids` around."""
+        return Round(self, text, ids, self.sizes or [text.shape[0]] * self.size)
 
     def shift(self, sent: Tensor, received: Tensor, distance: int) -> list["dist.P2POp"]:
         """The messages by which each rank sends a tensor to the rank at this distance; none for a tensor without elements."""
@@ -49,8 +53,8 @@ class Alone:
 class Ring(Alone):
     """The ranks of a process group, in a circle."""
 
-    def __init__(self, group: "dist.ProcessGroup") -> None:
-        self.group = group
+    def __init__(self, group: "dist.ProcessGroup", sizes: Sequence[int] | None) -> None:
+        self.group, self.sizes = group, sizes
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def shift(self, sent: Tensor, received: Tensor, distance: int) -> list["dist.P2POp"]:
@@ -63,8 +67,9 @@ class Ring(Alone):
         return value
 
 
-def ring_of(group: "dist.ProcessGroup | None") -> Alone:
-    return Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
+def ring_of(group: "dist.ProcessGroup | None", sizes: Sequence[int] | None = None) -> Alone:
+    """The ring of a group. `sizes`: how many texts each rank has, if not all have as many."""
+    return Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group, sizes)
 
 
 class _Lane:
@@ -169,6 +174,14 @@ class Round:
                 self._own += lane.home
                 lane.home = None
         return self._own
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether `value` is a DTensor. As long as nobody has imported their module, there are none."""
+    if type(value) in PLAIN_TYPES or not isinstance(value, Tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def resolved(group: object) -> "dist.ProcessGroup | None":
