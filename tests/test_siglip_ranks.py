@@ -19,6 +19,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from ranks import Ranks, join_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from torch_sigmoid import ring as rings
 
@@ -61,9 +62,9 @@ def batch(size, width=6, dtype=torch.float64, n_texts=None):
     return image, text, torch.tensor(7.0, dtype=dtype), torch.tensor(-3.0, dtype=dtype)
 
 
-def plain(image, text, scale, bias):
+def plain(image, text, scale, bias, image_ids, text_ids):
     logits = scale * image @ text.T + bias
-    signs = 2 * torch.eye(*logits.shape, dtype=logits.dtype) - 1
+    signs = torch.where(image_ids[:, None] == text_ids, 1.0, -1.0).to(logits.dtype)
     return -F.logsigmoid(signs * logits).sum() / len(image)
 
 
@@ -89,17 +90,27 @@ def error_of(function, *arguments, **options):
     return type(raised.value).__name__, str(raised.value)
 
 
-def assert_the_whole_batch(size, dtype):
+def assert_the_whole_batch(size, dtype, n_texts=8, ids=False):
+    """`n_texts` for 8 images on each rank."""
     group = group_of(size)
     if dist.get_rank() >= size:
         return
-    image, text, scale, bias = batch(8 * size, dtype=dtype)
-    expected = value_and_gradients(plain, [each.double() for each in (image, text, scale, bias)])
+    image, text, scale, bias = batch(8 * size, dtype=dtype, n_texts=n_texts * size)
+    # Text i belongs to image i of its rank.
+    image_ids, text_ids = (torch.arange(20 * size).reshape(size, 20)[:, :n].flatten() for n in (8, n_texts))
+    given = {}
+    if ids:
+        # Pairs within a rank and between ranks, of several texts, and of none.
+        image_ids, text_ids = image_ids // 2 * 2, text_ids * 3 % (20 * size)
+        given = {"image_ids": image_ids.chunk(size)[dist.get_rank()], "text_ids": text_ids.chunk(size)[dist.get_rank()]}
+    whole = [each.double() for each in (image, text, scale, bias)]
+    expected = value_and_gradients(lambda *t: plain(*t, image_ids, text_ids), whole)
     tensors = own_rows(image, size), own_rows(text, size), scale, bias
     for chosen in [group, "world"] if size == dist.get_world_size() else [group]:
+        options = given | {"chunk_size": 3, "group": chosen}
         # The second call, over the same ring, gives the same.
         for _ in range(2):
-            actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=3, group=chosen), tensors)  # noqa: B023
+            actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, **options), tensors)  # noqa: B023
             assert_close(actual[0], expected[0], TOLERANCES[dtype])
             for each, whole in zip(actual[1:3], expected[1:3]):
                 assert_close(each / size, own_rows(whole, size), TOLERANCES[dtype])
@@ -114,6 +125,13 @@ def assert_the_whole_batch(size, dtype):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_have_the_loss_and_the_averaged_gradients_of_the_whole_batch(four, size, dtype):
     four.run(assert_the_whole_batch, size, dtype)
+
+
+@pytest.mark.parametrize("ids", [False, True], ids=["positions", "ids"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_more_texts_than_images_and_ids_that_hold_across_ranks(four, size, dtype, ids):
+    four.run(assert_the_whole_batch, size, dtype, 11, ids)
 
 
 def assert_open_clip(size, bidir):
@@ -234,7 +252,10 @@ def disagree(case):
 
 
 DISAGREEMENTS = {
-    "batch": ("ValueError", ["on rank 0, 2-3: ", "text_features (4, 3), torch.bfloat16", "on rank 1: ", "text_features (3, 3), torch.bfloat16"]),
+    "batch": (
+        "ValueError",
+        ["on rank 0, 2-3: ", "text_features (4, 3), torch.bfloat16", "on rank 1: ", "text_features (3, 3), torch.bfloat16"],
+    ),
     "dtype": ("ValueError", ["on rank 0, 2-3: ", "torch.bfloat16", "on rank 1: ", "torch.float16"]),
     "gradient": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: "]),
     "chunk_size": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: ValueError: chunk_size must be at least 1, got 0"]),
@@ -465,3 +486,210 @@ def assert_host_group():
 
 def test_hosts_of_a_group_without_gloo_agree_over_one_that_has_it(four):
     four.run(assert_host_group)
+
+
+# DTensors: what one process computes from the whole tensors.
+
+
+def mesh_of(shape):
+    if shape not in _groups:
+        _groups[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
+    return _groups[shape]
+
+
+def placed(tensor, mesh, placements):
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def assert_dtensors(shape, placements, n_images, n_texts, ids, numbers, dtype):
+    mesh = mesh_of(shape)
+    image, text, scale, bias = batch(n_images, dtype=dtype, n_texts=n_texts)
+    image_ids, text_ids = (torch.arange(n) for n in (n_images, n_texts))
+    given = {}
+    if ids:
+        # Pairs within a rank and between ranks, of several texts, and of none.
+        image_ids, text_ids = image_ids // 2 * 2, (text_ids * 3) % (n_texts + 2)
+        given = {name: placed(each, mesh, placements) for name, each in (("image_ids", image_ids), ("text_ids", text_ids))}
+    whole = [each.double().requires_grad_() for each in (image, text, scale, bias)]
+    expected = plain(*whole, image_ids, text_ids)
+    to_whole = torch.autograd.grad(3 * expected, whole)
+
+    image, text = (placed(each, mesh, placements).requires_grad_() for each in (image, text))
+    if numbers == "DTensor":
+        scale, bias = (placed(each, mesh, [Replicate()] * mesh.ndim) for each in (scale, bias))
+    if numbers == "number":
+        scale, bias = scale.item(), bias.item()
+    else:
+        scale, bias = scale.requires_grad_(), bias.requires_grad_()
+    loss = ts.siglip_loss(image, text, scale, bias, **given)
+    assert isinstance(loss, DTensor)
+    assert loss.placements == (Replicate(),) * mesh.ndim
+    assert_close(loss.to_local().detach(), expected.detach(), TOLERANCES[dtype])
+    (3 * loss).backward()
+    for each, grad in zip((image, text), to_whole):
+        assert each.grad.placements == tuple(placements)
+        assert each.grad.to_local().shape == each.to_local().shape
+        assert_close(each.grad.full_tensor(), grad, TOLERANCES[dtype])
+    if numbers == "number":
+        return
+    for each, grad in zip((scale, bias), to_whole[2:]):
+        if numbers == "DTensor":
+            assert each.grad.placements == (Replicate(),) * mesh.ndim
+            each.grad = each.grad.to_local()
+        assert_close(each.grad, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("numbers", ["DTensor", "tensor", "number"])
+@pytest.mark.parametrize("ids", [False, True], ids=["positions", "ids"])
+@pytest.mark.parametrize(("n_images", "n_texts"), [(8, 8), (10, 10), (3, 3), (5, 9)], ids=str)
+def test_dtensors_have_the_loss_and_gradients_of_the_whole_batch(four, n_images, n_texts, ids, numbers):
+    """Ten rows are 3, 3, 3 and 1; three are 1, 1, 1 and none; five and nine share no boundary."""
+    four.run(assert_dtensors, (4,), [Shard(0)], n_images, n_texts, ids, numbers, torch.float64)
+
+
+@pytest.mark.parametrize("placements", [[Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Replicate()]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dtensors_on_a_mesh_of_two_dimensions(four, placements, dtype):
+    four.run(assert_dtensors, (2, 2), placements, 6, 7, False, "DTensor", dtype)
+    four.run(assert_dtensors, (2, 2), placements, 6, 6, True, "tensor", dtype)
+
+
+def communication(placements):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    image, text, scale, bias = batch(8)
+    image, text = (placed(each, mesh_of((4,)), placements).requires_grad_() for each in (image, text))
+    scale.requires_grad_()
+    messages, send = [], dist.batch_isend_irecv
+
+    def batch_isend_irecv(operations):
+        messages.append(len(operations))
+        return send(operations)
+
+    dist.batch_isend_irecv = batch_isend_irecv
+    try:
+        with CommDebugMode() as comm:
+            loss = ts.siglip_loss(image, text, scale, bias)
+        forward, forward_messages = comm.get_total_counts(), len(messages)
+        with CommDebugMode() as comm:
+            loss.backward()
+        return forward, forward_messages, comm.get_total_counts(), len(messages) - forward_messages
+    finally:
+        dist.batch_isend_irecv = send
+
+
+def test_replicated_dtensors_communicate_nothing_and_no_backward_does(four):
+    assert set(four.run(communication, [Replicate()])) == {(0, 0, 0, 0)}
+    for _, forward_messages, *backward in four.run(communication, [Shard(0)]):
+        assert forward_messages == 4
+        assert backward == [0, 0]
+
+
+def errors_of_dtensors():
+    line, plane = mesh_of((4,)), mesh_of((2, 2))
+    image, text, scale, _ = batch(8)
+    split, whole, width = (placed(image, line, [each]) for each in (Shard(0), Replicate(), Shard(1)))
+    partial = DTensor.from_local(image, line, [Partial()], run_check=False)
+    both = placed(image, plane, [Shard(0), Shard(0)])
+    on_plane = placed(image, plane, [Shard(0), Replicate()])
+    ids = torch.arange(8)
+    of_ids = {"image_ids": ids, "text_ids": ids}
+    calls = {
+        "Shard(1)": ((width, width, 1.0), {}),
+        "Partial": ((partial, partial, 1.0), {}),
+        "two dimensions": ((both, both, 1.0), {}),
+        "mixed": ((split, whole, 1.0), {}),
+        "meshes": ((split, on_plane, 1.0), {}),
+        "plain text": ((split, text, 1.0), {}),
+        "plain image": ((image, split, 1.0), {}),
+        "plain features": ((image, text, placed(scale, line, [Replicate()])), {}),
+        "partial scale": ((split, split, DTensor.from_local(scale, line, [Partial()], run_check=False)), {}),
+        "group": ((split, split, 1.0), {"group": "world"}),
+        "plain ids": ((split, split, 1.0), of_ids),
+        "ids elsewhere": ((split, split, 1.0), {name: placed(ids, line, [Replicate()]) for name in of_ids}),
+        "one of the ids": ((split, split, 1.0), {"image_ids": placed(ids, line, [Shard(0)])}),
+        "fewer texts": ((split, placed(image[:7], line, [Shard(0)]), 1.0), {}),
+        "vectors": ((placed(image[:, 0], line, [Shard(0)]),) * 2 + (1.0,), {}),
+        "chunk_size": ((split, split, 1.0), {"chunk_size": 0}),
+    }
+    return {name: error_of(ts.siglip_loss, *arguments, **options) for name, (arguments, options) in calls.items()}
+
+
+SHARD_0 = "features must be sharded by Shard(0) over one dimension of the mesh"
+DTENSOR_ERRORS = {
+    "Shard(1)": ("ValueError", SHARD_0, "Shard(dim=1)", "redistribute"),
+    "Partial": ("ValueError", SHARD_0, "Partial(sum)", "redistribute"),
+    "two dimensions": ("ValueError", SHARD_0, "(Shard(dim=0), Shard(dim=0))", "dp=2, tp=2"),
+    "mixed": ("ValueError", "equal placements", "(Shard(dim=0),)", "(Replicate(),)", "redistribute"),
+    "meshes": ("ValueError", "one mesh", "dp=4", "dp=2, tp=2", "redistribute"),
+    "plain text": ("TypeError", "image_features placements (Shard(dim=0),)", "text_features a plain Tensor"),
+    "plain image": ("TypeError", "image_features a plain Tensor", "text_features placements (Shard(dim=0),)"),
+    "plain features": ("TypeError", "image_features a plain Tensor", "logit_scale placements (Replicate(),)", "to_local()"),
+    "partial scale": ("ValueError", "logit_scale must be replicated", "Partial(sum)", "redistribute"),
+    "group": ("ValueError", "expected no group with them, got 'world'"),
+    "plain ids": ("TypeError", "image_ids must be a DTensor like the features", "got a plain Tensor"),
+    "ids elsewhere": ("TypeError", "image_ids must be a DTensor like the features", "got placements (Replicate(),)"),
+    "one of the ids": ("TypeError", "image_ids were given without text_ids"),
+    "fewer texts": ("ValueError", "expected a text for each image, got (8, 6) and (7, 6)"),
+    "vectors": ("ValueError", "image_features must be (B, D)"),
+    "chunk_size": ("ValueError", "chunk_size must be at least 1, got 0"),
+}
+
+
+def test_other_dtensors_are_the_same_error_on_every_rank(four):
+    outcomes = four.run(errors_of_dtensors, within=20)
+    assert all(each == outcomes[0] for each in outcomes)
+    assert outcomes[0].keys() == DTENSOR_ERRORS.keys()
+    for case, (expected, *found) in DTENSOR_ERRORS.items():
+        error, message = outcomes[0][case]
+        assert error == expected, (case, error, message)
+        assert message.startswith("siglip_loss(): ")
+        for each in found:
+            assert each in message, (case, message)
+
+
+def disagree_on_dtensors():
+    image, text, scale, bias = batch(8)
+    split = [placed(each, mesh_of((4,)), [Shard(0)]) for each in (image, text)]
+    if dist.get_rank() == 2:
+        split = [each.float() for each in split]
+    return error_of(ts.siglip_loss, *split, scale, bias)
+
+
+def test_dtensors_that_differ_are_the_same_error_on_every_rank(four):
+    outcomes = four.run(disagree_on_dtensors, within=20)
+    assert len(set(outcomes)) == 1
+    assert "on rank 0-1, 3: image_features (8, 6)" in outcomes[0][1]
+    assert "on rank 2: " in outcomes[0][1]
+
+
+def second_derivative_of_dtensors():
+    image, text, scale, bias = batch(8)
+    split = [placed(each, mesh_of((4,)), [Shard(0)]).requires_grad_() for each in (image, text)]
+    loss = ts.siglip_loss(*split, scale, bias)
+    return error_of(torch.autograd.grad, loss, split, create_graph=True)
+
+
+def test_a_second_derivative_of_shards_is_an_error(four):
+    for error, message in four.run(second_derivative_of_dtensors):
+        assert error == "RuntimeError"
+        assert "no second derivative" in message
+
+
+def assert_dtensors_without_warning():
+    rings._has_warned = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_dtensors((4,), [Shard(0)], 8, 8, False, "number", torch.float64)
+    with torch.no_grad():
+        image, text, scale, bias = batch(8)
+        split = [placed(each, mesh_of((4,)), [Shard(0)]) for each in (image, text)]
+        assert_close(
+            ts.SigLIPLoss(chunk_size=1)(*split, scale, bias).to_local(),
+            plain(image, text, scale, bias, torch.arange(8), torch.arange(8)),
+            1e-12,
+        )
+
+
+def test_dtensors_are_no_forgotten_group(four):
+    four.run(assert_dtensors_without_warning)
