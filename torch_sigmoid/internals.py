@@ -7,13 +7,15 @@ copy-on-write tensor.)
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 _C = torch._C
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 # Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
 is_tracing: Callable[[], bool] = _C._is_tracing
@@ -145,9 +147,10 @@ legacy_reduction: Callable[[bool | None, bool | None], Literal["none", "mean", "
 legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignment]  # str, to torch
 
 
-def graph_break() -> None:
-    """Have torch.compile run what follows as it is."""
-    torch._dynamo.graph_break()
+def uncompiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """`function` as torch.compile runs it where it breaks the graph: as it is. The public decorator would import Dynamo at once."""
+    disabled: Callable[_Parameters, _Result] = torch._dynamo.disable(function)
+    return disabled
 
 
 # What torch.nn.functional.silu and glu end in, which torch shows nowhere else.

@@ -38,7 +38,7 @@ from .checks import (
 )
 from .dispatch import NOBODY, PLAIN_TYPES, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
 from .formulas import upcast, weighted
-from .internals import apply_of, graph_break, make_fx_traces, transforms_active
+from .internals import apply_of, make_fx_traces, transforms_active, uncompiled
 from .losses import autocasts, own_dtypes
 from .ring import Alone, Ring, agree, is_dtensor, resolved, ring_of, warn_if_forgotten
 
@@ -404,15 +404,16 @@ def siglip_loss(
         tensor(5.6933)
     """
     arguments = image_features, text_features, logit_scale, logit_bias, image_ids, text_ids
-    if any(map(is_dtensor, arguments)):
+    has_dtensors = any(map(is_dtensor, arguments))
+    if torch.compiler.is_compiling():
+        if has_dtensors or group is not None:
+            return uncompiled(siglip_loss)(
+                *arguments[:4], image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size, group=group
+            )
+    elif has_dtensors:
         from .siglip_dtensor import loss_of_dtensors
 
-        if torch.compiler.is_compiling():
-            graph_break()
         return loss_of_dtensors(*arguments, chunk_size, group)
-    if torch.compiler.is_compiling():
-        if group is not None:
-            graph_break()
     elif group is None:
         warn_if_forgotten()
     ring = ring_of(resolved(group))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .dispatch import TRANSFORM, listener
 from .ring import CALLER, Ring, ring_of
 from .siglip import agreed_operands, apply, operands_of, positions
 
@@ -38,6 +39,9 @@ def loss_of_dtensors(
     if image_ids is None and text_ids is None and image.dim() == text.dim() == 2 and text.shape[0] < image.shape[0]:
         shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
         raise ValueError(f"{CALLER}: without image_ids and text_ids expected a text for each image, got {shapes}")
+
+    if listener() >= TRANSFORM:
+        raise RuntimeError(f"{CALLER}: with DTensors expected eager reverse mode, got a tracer or a transform")
 
     # Each rank computes the gradients of the global loss, so those of what is local are placed as their DTensors are.
     arguments: list[Any] = [
