@@ -363,9 +363,10 @@ def loss_launches(dtype):
     yield "fold of counts", reduce._fold, [partials, counts], [meta(dtype=dtype), count], 0, 0.0
     shape = (256, 4096)
     similarity, factor = meta(*shape, dtype=dtype), meta(dtype=wide).expand(shape)
-    labels = meta(256, 1, dtype=torch.int64).expand(shape)
-    yield "pairs forward", siglip._forward, [similarity, labels, factor, factor], [partials], 1, 0.0
-    yield "pairs gradient", siglip._gradient, [similarity, labels, factor, factor], [similarity, partials, partials], 2, 0.0
+    ids = meta(256, 1, dtype=torch.int64).expand(shape), meta(4096, dtype=torch.int64).expand(shape)
+    inputs = [similarity, *ids, factor, factor]
+    yield "pairs forward", siglip._forward, inputs, [partials], 1, 0.0
+    yield "pairs gradient", siglip._gradient, inputs, [similarity, partials, partials, partials], 2, 0.0
 
 
 def all_launches(dtype):

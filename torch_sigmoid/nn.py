@@ -352,9 +352,7 @@ class SigLIPLoss(torch.nn.Module):
     A copy has the same process group. A process group cannot be pickled, but "world" can.
     """
 
-    def __init__(
-        self, *, chunk_size: int | None = None, group: "torch.distributed.ProcessGroup | str | None" = None
-    ) -> None:
+    def __init__(self, *, chunk_size: int | None = None, group: "torch.distributed.ProcessGroup | str | None" = None) -> None:
         super().__init__()
         checks.check_chunk_size(chunk_size)
         self.chunk_size = chunk_size

@@ -41,12 +41,12 @@ class Alone:
         return value
 
 
-class Round:
+class Round(AloneRound):
     """Each rank's texts in turn, this rank's own first."""
 
     def __init__(self, ring: "Ring", text: Tensor, ids: Tensor) -> None:
-        self.ring, self.text, self.ids = ring, text, ids
-        self.to_text: Tensor | None = None
+        super().__init__(text, ids)
+        self.ring = ring
         self.given: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -66,7 +66,7 @@ class Round:
         return self.to_text
 
 
-class Ring:
+class Ring(Alone):
     """The ranks of a process group, each of which sends to the next and receives from the one before."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -90,7 +90,7 @@ class Ring:
         return value
 
 
-def ring_of(group: "dist.ProcessGroup | None") -> Ring | Alone:
+def ring_of(group: "dist.ProcessGroup | None") -> Alone:
     return Alone() if group is None or dist.get_world_size(group) == 1 else Ring(group)
 
 

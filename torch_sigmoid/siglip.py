@@ -5,17 +5,17 @@
     G = ∂Σ/∂l = -σ(z) or σ(z)
     grad_image = scale/B·G·text    grad_text = scale/B·Gᵀ·image    grad_scale = ΣG·s/B    grad_bias = ΣG/B
 
-Where a gradient is wanted, forward computes it as well. Each block of rows is multiplied out once, one pass over it adds up the
-loss and writes G over s, and two more products add G·text and Gᵀ·image to what is kept: three matrix products a step, where
-autograd of the plain formula has three and its matrices, and a backward that computes s again has four. Backward multiplies by
-grad_output·scale/B.
+Where a gradient is wanted, forward computes it as well. For each block of rows it multiplies out s, adds up the loss and writes
+G over s in one pass, and adds the products G·text and Gᵀ·image to what it keeps for backward, which multiplies by
+grad_output·scale/B. That is three matrix products a step, as in autograd of the plain formula; a backward that computed s again
+would take four. No block outlives its pass, so memory is O(block + features).
 
-No block is there for long, so memory is O(block + features). Over a process group the texts pass from rank to rank, see ring.py.
+Over a process group the texts pass from rank to rank, see ring.py.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ from .internals import apply_of, graph_break, make_fx_traces, transforms_active
 from .losses import autocasts, own_dtypes
 
 if TYPE_CHECKING:
-    from .ring import Alone, Ring
+    from .ring import Alone
 
-# Memory for a block of similarities. On a CPU it is to stay in the cache from one pass to the next: with two cores and 32 MiB of
-# L3, 4096 pairs of width 256 take 0.26 s in blocks of 1 to 16 MiB and 0.31 s in blocks of 0.5 MiB.
-# On a GPU it is to fill the device: 65,536 bf16 texts come in 4096 rows, the best number of those that siglip-kernel 0.1.2
-# publishes for a GH200. Not measured here.
+# Memory for a block of similarities. On a CPU it should stay in the cache from one pass to the next: with two cores and 32 MiB
+# of L3, 4096 pairs of width 256 take 0.26 s in blocks of 1 to 16 MiB, and 0.31 s in blocks of 0.5 MiB.
+# A GPU needs enough rows to be busy: 65,536 bf16 texts come to 4096 rows, which the authors of siglip-kernel 0.1.2 publish as
+# the best number on a GH200. Not measured here.
 BLOCK_BYTES = {"cpu": 4 * 2**20}
 BLOCK_BYTES_OF_ACCELERATORS = 512 * 2**20
 # With fewer rows matrix products slow down: with 32 they take 1.6 times as long as with 256, on that CPU.
@@ -61,7 +61,7 @@ def default_chunk_size(text: Tensor) -> int:
     return max(FEWEST_ROWS, memory // max(1, text.shape[0] * text.itemsize))
 
 
-softplus = functools.partial(torch.ops.aten.softplus.out, beta=1.0, threshold=SOFTPLUS_IS_LINEAR_FROM)
+softplus: Callable[..., Tensor] = functools.partial(torch.ops.aten.softplus.out, beta=1.0, threshold=SOFTPLUS_IS_LINEAR_FROM)
 
 
 class Block:
@@ -113,8 +113,8 @@ class Block:
     def _negate_pairs(self, values: Tensor, image_ids: Tensor, text_ids: Tensor, first: int | None) -> Tensor:
         """Negate, in place, the values of pairs that belong together: those of equal ids.
 
-        If `first` is not None, nobody has given ids, and it is the text that belongs to the first of these images: the pairs are
-        a diagonal, empty for the texts of another rank.
+        If `first` is not None, nobody has given ids, and it is the text that belongs to the first of these images: the pairs
+        are a diagonal, empty for the texts of another rank.
         """
         if first is not None:
             values.diagonal(first).neg_()
@@ -176,7 +176,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def gradients_of(grad: Tensor, operands: Tensors, factors: Gradients) -> Gradients:
-    """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward has left."""
+    """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward left."""
     _, _, scale, _ = operands
     return tuple(
         None if factor is None else (factor * (grad * scale if factor.dim() else grad)).to(operand.dtype)
@@ -219,8 +219,7 @@ class SigLIPFunction(Function):
         return *gradients, None, None, None, None, None
 
 
-# In torch operators, differentiable in whatever way. Nothing here writes into a view, which tracers and subclasses may lose, nor
-# asks for a size, which may be a symbol.
+# In torch operators, differentiable in whatever way. Nothing here writes into a view: tracers and subclasses may lose that.
 
 
 def positions(image: Tensor, text: Tensor) -> Tensors:
@@ -302,13 +301,13 @@ def apply(
     dtype: torch.dtype,
 ) -> Tensor:
     """The loss in `dtype`, by whichever way is open to those who listen."""
-    operands: Any = image, text, scale, bias, image_ids, text_ids
+    operands = image, text, scale, bias, image_ids, text_ids
     needs = [torch.is_grad_enabled() and each.requires_grad for each in operands[:4]]
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transforms_active():
         from .siglip_library import siglip
 
-        loss, *_ = siglip(*operands, chunk_size, needs)
-        return (loss / image.shape[0]).to(dtype)
+        total: Tensor = siglip(*operands, chunk_size, needs)[0]
+        return (total / image.shape[0]).to(dtype)
     if (
         listener() >= TRANSFORM
         or make_fx_traces()
@@ -319,12 +318,12 @@ def apply(
     from .ring import ring_of
 
     ring = ring_of(group)
-    operands = tuple(map(recordable, operands))
+    recorded = cast("_Operands", tuple(map(recordable, operands)))
     if any(needs):
-        return _apply(*operands, chunk_size, ring, dtype)
+        return _apply(*recorded, chunk_size, ring, dtype)
     with torch.no_grad():
-        total, _ = value_and_factors(*operands, chunk_size, ring, needs)
-        return (ring.sum(total / image.shape[0]) / ring.size).to(dtype)
+        value, _ = value_and_factors(*recorded, chunk_size, ring, needs)
+        return (ring.sum(value / image.shape[0]) / ring.size).to(dtype)
 
 
 @overridable
@@ -341,10 +340,11 @@ def siglip_loss(
 ) -> Tensor:
     r"""-1/B·Σ_ij log σ(z_ij·(logit_scale·⟨image_i, text_j⟩ + logit_bias)): the loss of SigLIP.
 
-    z_ij is 1 where image i and text j belong together, else -1. Sigmoid loss for language image pre-training, Zhai et al. 2023,
-    in the form of open_clip: `logit_scale` multiplies as it is (what a model learns is its logarithm), and the sum is divided by
-    the number of images B. The matrix products are torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32
-    (fp64 for fp64). In fp16, ∂loss/∂logit of a pair below 6e-8 is lost in those products, as in torch; bf16 keeps it.
+    z_ij is 1 where image i and text j belong together, else -1. Sigmoid loss for language image pre-training, Zhai et al.
+    2023, in the form of open_clip: `logit_scale` multiplies as it is (what a model learns is its logarithm), and the sum is
+    divided by the number of images B. The matrix products are torch.matmul's, in the features' dtype; the arithmetic of the
+    loss is fp32 (fp64 for fp64). In fp16, ∂loss/∂logit of a pair below 6e-8 is lost in those products, as in torch; bf16 keeps
+    it.
 
     Text i belongs to image i, and further texts to none. With ids, each image belongs to all texts of its id: several captions
     of an image, or several images of a product, count as pairs.
@@ -400,6 +400,7 @@ def siglip_loss(
     from .ring import agree, resolved
 
     group = resolved(group)
+    assert group is not None
     # A rank that fails tells the others, which would wait for it.
     try:
         operands, dtype = _siglip_operands(*arguments, chunk_size)
@@ -411,7 +412,7 @@ def siglip_loss(
     ids = "no ids" if given is None else "ids"
     told = f"{tuple(image.shape)} and {tuple(text.shape)}, {image.dtype}, {ids}, gradients {needs}"
     agree(group, told, None)
-    if group is not None and group.size() > 1 and listener() >= TRANSFORM:
+    if group.size() > 1 and listener() >= TRANSFORM:
         raise RuntimeError("siglip_loss(): with a process group expected eager reverse mode, got a tracer or a transform")
     return apply(*operands, chunk_size, group, dtype)
 
