@@ -408,8 +408,8 @@ def test_profilers_see_a_kernel_under_the_name_of_its_formula():
 )
 def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
-    # and the tail are up to 50 instructions an element, and 4 for each sum but the first. A focal loss may take twice what memory
-    # leaves time for.
+    # and the tail are up to 50 instructions an element, and 4 more for each sum but the first. A focal loss may take twice what
+    # memory leaves time for.
     slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
     for name, launcher, inputs, outputs, moved, gamma in loss_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])

@@ -81,7 +81,7 @@ PAIRINGS = {
 
 
 @pytest.mark.usefixtures("poisoned_allocations")
-@pytest.mark.parametrize("chunk_size", [1, 5, 100, None])
+@pytest.mark.parametrize("chunk_size", [5, None])
 @pytest.mark.parametrize("name", PAIRINGS)
 def test_ids_and_rectangles_are_those_of_the_plain_formula(name, chunk_size, device):
     n_images, n_texts, *ids = PAIRINGS[name]

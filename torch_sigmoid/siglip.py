@@ -138,7 +138,9 @@ def value_and_factors(
     by_position = image_ids is None or text_ids is None
     if image_ids is None or text_ids is None:
         # Ids that no other rank has.
-        image_ids, text_ids = (ids + (ring.rank << 32) for ids in positions(image, text))
+        first_id = ring.rank << 32
+        text_ids = torch.arange(first_id, first_id + text.shape[0], device=text.device)
+        image_ids = text_ids[: image.shape[0]]
     chunk_size = min(chunk_size or default_chunk_size(text), image.shape[0])
     of_chunks = list(zip(image.split(chunk_size), image_ids.split(chunk_size)))
     to_image = image.new_zeros(image.shape, dtype=scale.dtype) if needs[0] else None
@@ -178,8 +180,9 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 def gradients_of(grad: Tensor, operands: Tensors, factors: Gradients) -> Gradients:
     """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward left."""
     _, _, scale, _ = operands
+    of_similarity = grad * scale
     return tuple(
-        None if factor is None else (factor * (grad * scale if factor.dim() else grad)).to(operand.dtype)
+        None if factor is None else (factor * (of_similarity if factor.dim() else grad)).to(operand.dtype)
         for operand, factor in zip(operands, factors)
     )
 
