@@ -92,13 +92,13 @@ def tile_shape(n_rows: int, n_columns: int, transposed: bool = False, narrowed: 
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1, narrowed: int = 1) -> Walk | None:
+def plan(shape: Strides, strides: tuple[Strides, ...], leading: int = -1) -> Walk | None:
     """The walk over tensors of one shape and these strides, in the leading one's order; None where copies must come first."""
     sizes, steps = coalesce(shape, strides, leading)
     if len(sizes) > 3:
         return None
     transposed = len(sizes) > 1 and any(row == 1 and column > 1 for row, column in zip(*steps[-2:]))
-    tile = tile_shape(math.prod(sizes[:-1]), sizes[-1], transposed, narrowed if len(sizes) > 1 else 1)
+    tile = tile_shape(math.prod(sizes[:-1]), sizes[-1], transposed)
     missing = (None,) * (3 - len(sizes))
     of_each = tuple((*missing, *(stride or None for stride in own)) for own in zip(*steps))
     return Walk((*missing, *sizes), of_each, *tile, needs_int64(shape, strides))

@@ -31,7 +31,7 @@ TILES_OF_A_SINGLE_PROGRAM = 4
 FOLD_BLOCK = 1024
 # A sum along a dimension is split between programs until there are this many, which keep a large GPU busy.
 ENOUGH_PROGRAMS = 1024
-# A program that reads 128 neighbours at a time has rows left for its threads to share.
+# Down columns a program reads 128 neighbours at a time, which leaves rows for its threads to share.
 ROWS_TO_SHARE = 8
 
 
@@ -201,10 +201,10 @@ def programs_for(n_tiles: int) -> int:
     return 1 if n_tiles <= TILES_OF_A_SINGLE_PROGRAM else min(n_tiles, MAX_PROGRAMS)
 
 
-def walk_to_sum(inputs, stored, narrowed=1) -> Walk | None:
+def walk_to_sum(inputs, stored) -> Walk | None:
     """The walk over inputs and stored outputs, in the order of the first input; None where copies must come first."""
     existing = [tensor for tensor in inputs if tensor is not None]
-    walk = plan(inputs[0].shape, strides_of((*existing, *stored)), leading=0, narrowed=narrowed)
+    walk = plan(inputs[0].shape, strides_of((*existing, *stored)), leading=0)
     return walk and with_gaps(walk, inputs)
 
 
@@ -217,15 +217,15 @@ def prepared(inputs, stored=()):
     return inputs, programs_for(walk.tiles)
 
 
-def total(formula, *constants, n_sums=1, is_mean=False, given=None, narrowed=1):
+def total(formula, *constants, n_sums=1, is_mean=False, given=None):
     """The launcher of a formula whose last `n_sums` results are summed up over all elements.
 
     Called with `prepared` inputs, and as its last outputs with memory for as many partial sums each as there are programs. The
-    sums are divided by the number of elements if `is_mean`. For `given` see pointwise.py, for `narrowed` `tile_shape`.
+    sums are divided by the number of elements if `is_mean`. For `given` see pointwise.py.
     """
 
     def arrange(inputs, outputs):
-        walk = walk_to_sum(inputs, outputs[:-n_sums], narrowed)
+        walk = walk_to_sum(inputs, outputs[:-n_sums])
         return programs_for(walk.tiles), (*walk.arguments, len(inputs), n_sums, is_mean, given)
 
     return Launcher(with_formula(total_kernel, formula), as_constants(constants), arrange=arrange, layouts_follow=False)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import maths
 from .launch import plan
-from .reduce import ROWS_TO_SHARE, programs_for, total
+from .reduce import programs_for, total
 
 
 @triton.jit
@@ -38,15 +38,14 @@ def pairs_gradient_formula(similarity, image_id, text_id, scale, bias, ROUND: tl
     return gradient, loss, gradient * similarity, gradient
 
 
-# A tile of several rows reads each text's id, of 8 bytes, once for all of them.
-_forward = total(pairs_forward_formula, narrowed=ROWS_TO_SHARE)
-_gradient = total(pairs_gradient_formula, n_sums=3, narrowed=ROWS_TO_SHARE)
+_forward = total(pairs_forward_formula)
+_gradient = total(pairs_gradient_formula, n_sums=3)
 
 
 def programs_of(n_rows, n_columns):
     """How many sums a matrix of this shape leaves behind; no more than one of more rows."""
     strides = (n_columns, 1), (1, 0), (0, 1), (0, 0), (0, 0)
-    return programs_for(plan((n_rows, n_columns), strides, leading=0, narrowed=ROWS_TO_SHARE).tiles)
+    return programs_for(plan((n_rows, n_columns), strides, leading=0).tiles)
 
 
 def _inputs(similarity, image_ids, text_ids, scale, bias):

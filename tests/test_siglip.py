@@ -1,16 +1,24 @@
 """The sigmoid loss of image-text pairs: equal to the plain formula, in chunks, in every mode."""
 
+import contextlib
 import copy
 import pickle
+import shutil
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from reference import random, runs_kernels
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sigmoid as ts
+from torch_sigmoid import siglip
 from torch_sigmoid.operators import siglip_loss as plain
 
 pytestmark = pytest.mark.ways("ptx")
@@ -45,6 +53,55 @@ def test_loss_and_gradients_of_the_plain_formula(dtype, size, chunk_size, device
         torch.testing.assert_close(one.double(), other, rtol=rtol, atol=rtol * other.abs().max().item())
 
 
+def plain_by_ids(image, text, scale, bias, image_ids, text_ids):
+    """The formula in double precision, from the matrix of all pairs."""
+    signs = 2 * (image_ids[:, None] == text_ids).to(image) - 1
+    return -F.logsigmoid(signs * (scale * image @ text.mT + bias)).sum() / len(image)
+
+
+def with_ids(function, image_ids, text_ids):
+    return lambda *tensors: function(*tensors, image_ids, text_ids)
+
+
+# The numbers of images and texts, and their ids.
+PAIRINGS = {
+    "more texts than images": (7, 19, None, None),
+    "one image, many texts": (1, 33, None, None),
+    "groups": (19, 19, [i // 3 for i in range(19)], [i % 7 for i in range(19)]),
+    "fewer texts": (17, 4, [i % 5 for i in range(17)], [0, 1, 2, 9]),
+    "one text": (5, 1, [0, 1, 0, 2, 0], [0]),
+    "64-bit ids": (3, 4, [2**40, -(2**62), 7], [7, 2**40 + 2**32, 2**40, -(2**62)]),
+}
+
+
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("chunk_size", [5, None])
+@pytest.mark.parametrize("name", PAIRINGS)
+def test_ids_and_rectangles_are_those_of_the_plain_formula(name, chunk_size, device):
+    n_images, n_texts, *ids = PAIRINGS[name]
+    image, text, scale, bias = pairs(max(n_images, n_texts), 6, torch.float64, device)
+    tensors = image[:n_images], text[:n_texts], scale, bias
+    by_position = torch.arange(n_images, device=device), torch.arange(n_texts, device=device)
+    given = [by_position[index] if each is None else torch.tensor(each, device=device) for index, each in enumerate(ids)]
+    options = {} if ids[0] is None else {"image_ids": given[0], "text_ids": given[1]}
+    actual = value_and_gradients(lambda *t: ts.siglip_loss(*t, chunk_size=chunk_size, **options), tensors)
+    expected = value_and_gradients(with_ids(plain_by_ids, *given), tensors)
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * other.abs().max().item())
+    with torch.no_grad():
+        value = ts.siglip_loss(*tensors, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(value, expected[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_ids_are_of_any_integer_dtype_and_stride(dtype, device):
+    tensors = pairs(6, 4, torch.float64, device)
+    ids = torch.tensor([3, 3, 1, 2, 1, 3], device=device)
+    expected = ts.siglip_loss(*tensors, image_ids=ids, text_ids=ids)
+    apart = torch.stack([ids, ids + 1], 1).to(dtype)[:, 0]
+    assert torch.equal(ts.SigLIPLoss()(*tensors, image_ids=apart, text_ids=ids), expected)
+
+
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.launches_nothing("one pair is one column, which torch operators compute")
 def test_first_and_second_derivatives_in_every_mode(size, device):
@@ -53,6 +110,24 @@ def test_first_and_second_derivatives_in_every_mode(size, device):
     options = {"check_batched_grad": True, "fast_mode": True}
     assert gradcheck(function, tensors, check_forward_ad=True, check_batched_forward_grad=True, **options)
     assert gradgradcheck(function, tensors, check_fwd_over_rev=True, **options)
+
+
+@pytest.mark.parametrize("ids", ["by position", "given"])
+def test_the_second_derivative_of_a_rectangle(ids, device):
+    image, text, scale, bias = pairs(9, 3, torch.float64, device, scale=2.0)
+    tensors = [each.detach().requires_grad_() for each in (image[:5], text, scale, bias)]
+    given = torch.arange(5, device=device), torch.arange(9, device=device)
+    if ids == "given":
+        given = given[0] // 2, given[1] // 3
+    options = {"image_ids": given[0], "text_ids": given[1]} if ids == "given" else {}
+
+    def second(function):
+        grads = torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    actual = second(lambda *t: ts.siglip_loss(*t, chunk_size=2, **options))
+    expected = second(with_ids(plain_by_ids, *given))
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_the_second_derivative_is_that_of_the_plain_formula_also_for_confident_pairs(device):
@@ -82,15 +157,209 @@ def test_function_transforms(device):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.launches_nothing("a compiler, or a mode that records operators, sees torch's")
+# Tracers see the formula in torch operators, and torch.compile sees one operator of ours. Here a tangent or a gradient that is
+# lost in a view would show, and a trace that holds for one batch size only.
+
+NUMBERS = (0, 1, 2, 3)
+traced = pytest.mark.launches_nothing("a tracer sees torch operators")
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 @pytest.mark.ways("interpreter")
-def test_torch_compile_sees_the_whole_graph(device):
+@traced
+def test_linearize_and_jvp(device):
+    tensors, tangents = pairs(5, 3, torch.float64, device), pairs(5, 3, torch.float64, device, 0.3, 0.7)
+    expected = torch.func.jvp(plain, tensors, tangents)
+    torch.testing.assert_close(torch.func.jvp(ts.siglip_loss, tensors, tangents), expected)
+    value, linear = torch.func.linearize(ts.siglip_loss, *tensors)
+    torch.testing.assert_close((value, linear(*tangents)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.ways("interpreter")
+@traced
+def test_transforms_of_ids(device):
+    tensors = pairs(5, 3, torch.float64, device)
+    several = torch.tensor([[0, 1, 0, 2, 1], [0, 0, 0, 1, 1]], device=device)
+
+    def gradients(function):
+        return torch.vmap(torch.func.grad(function, NUMBERS), (None,) * 4 + (0, 0))(*tensors, several, several.flip(1))
+
+    ours = gradients(lambda *t: ts.siglip_loss(*t[:4], image_ids=t[4], text_ids=t[5]))
+    torch.testing.assert_close(ours, gradients(plain_by_ids))
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.ways("interpreter")
+@traced
+def test_make_fx_traces_loss_and_gradients_of_any_batch(mode, device):
+    def gradients(image, text, scale, bias):
+        tensors = [each.detach().requires_grad_() for each in (image, text, scale, bias)]
+        return torch.autograd.grad(ts.siglip_loss(*tensors), tensors)
+
+    trace = make_fx(gradients, tracing_mode=mode)(*pairs(5, 3, torch.float64, device))
+    tensors = pairs(9 if mode == "symbolic" else 5, 3, torch.float64, device, 4.0, -1.0)
+    torch.testing.assert_close(trace(*tensors), torch.func.grad(plain, NUMBERS)(*tensors))
+
+
+@pytest.mark.ways("interpreter")
+@traced
+def test_functionalize(device):
+    tensors = pairs(5, 3, torch.float64, device)
+    torch.testing.assert_close(torch.func.functionalize(ts.siglip_loss)(*tensors), plain(*tensors))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_values_have_shapes(kind):
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext():
+        device = "meta" if kind == "meta" else "cpu"
+        features = [torch.empty(size, 3, device=device, requires_grad=True) for size in (5, 7)]
+        loss = ts.siglip_loss(*features, 10.0, torch.zeros((), device=device))
+        loss.backward()
+        assert (loss.shape, features[1].grad.shape) == ((), (7, 3))
+        assert {type(loss), type(features[1].grad)} == {type(features[0])}
+        assert loss.device.type == device
+
+
+@traced
+@pytest.mark.ways("interpreter")
+@pytest.mark.parametrize("ids", ["by position", "given"])
+def test_torch_compile_compiles_once_for_all_batches_and_never_holds_the_matrix(ids, device):
+    """In one graph with one operator of ours; forward and backward."""
     torch._dynamo.reset()
-    tensors = pairs(6, 3, torch.float64, device)
-    compiled = torch.compile(lambda *t: ts.siglip_loss(*t, chunk_size=4), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        value_and_gradients(compiled, tensors), value_and_gradients(plain, tensors), rtol=1e-10, atol=1e-12
-    )
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def ours(image, text, scale, bias, image_ids, text_ids):
+        options = {"image_ids": image_ids, "text_ids": text_ids} if ids == "given" else {}
+        return ts.siglip_loss(image, text, scale, bias, chunk_size=4, **options)
+
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=backend))
+    for size in range(2, 10):
+        tensors, numbers = pairs(size, 3, torch.float64, device), torch.arange(size, device=device)
+        given = (numbers // 2,) * 2 if ids == "given" else (numbers,) * 2
+        actual, expected = (value_and_gradients(with_ids(function, *given), tensors) for function in (compiled, plain_by_ids))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
+    assert forward.count("torch_sigmoid.siglip.default") == 1
+    assert not any("mm" in target for target in forward + backward)
+
+
+@traced
+@pytest.mark.ways("interpreter")
+def test_torch_compile_of_transforms(device):
+    torch._dynamo.reset()
+    tensors = pairs(4, 3, torch.float64, device)
+    for transform in (lambda f: torch.func.grad(f, NUMBERS), lambda f: lambda *t: torch.func.jvp(f, t, t)):
+        compiled = torch.compile(transform(ts.siglip_loss), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*tensors), transform(plain)(*tensors))
+
+
+def test_the_operator_of_torch_library_keeps_its_promises():
+    from torch_sigmoid.siglip_library import siglip
+
+    ids = torch.arange(5) // 2, torch.arange(5) // 3
+    for needs, given in (([True] * 4, ids), ([False] * 4, ids), ([True, False, True, False], (None, None))):
+        tensors = [each.requires_grad_(needed) for each, needed in zip(pairs(5, 3, torch.float64, "cpu"), needs)]
+        torch.library.opcheck(siglip, (*tensors, *given, 2, needs))
+    tensors = [each.requires_grad_() for each in pairs(5, 3, torch.float64, "cpu")]
+    loss, *_ = siglip(*tensors, None, None, None, [True] * 4)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, tensors, create_graph=True)
+
+
+class Exported(torch.nn.Module):
+    """The loss with a scale of its own, as a model that is exported contains it."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = ts.SigLIPLoss()
+        self.scale = torch.nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
+
+    def forward(self, image, text, image_ids, text_ids):
+        by_ids = self.loss(image, text, self.scale, -3.0, image_ids=image_ids, text_ids=text_ids)
+        return by_ids + self.loss(image, text, self.scale)
+
+
+def exported(size):
+    """Arguments of that batch size, and the sizes that vary."""
+    image, text, *_ = pairs(size, 3, torch.float64, "cpu")
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    return (image, text, torch.arange(size) // 2, torch.arange(size) // 3), ({0: batch},) * 4
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_leaves_the_batch_size_open_and_needs_none_of_our_operators(strict):
+    arguments, shapes = exported(4)
+    program = torch.export.export(Exported(), arguments, dynamic_shapes=shapes, strict=strict)
+    assert not any("torch_sigmoid" in str(node.target) for node in program.graph.nodes)
+    arguments, _ = exported(11)
+    torch.testing.assert_close(program.module()(*arguments), Exported()(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_aot_inductor(tmp_path):
+    arguments, shapes = exported(4)
+    with torch.no_grad():
+        program = torch.export.export(Exported(), arguments, dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "loss.pt2"))
+        arguments, _ = exported(11)
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*arguments), Exported()(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx():
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    arguments, shapes = exported(4)
+    program = torch.onnx.export(Exported(), arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    evaluator = reference.ReferenceEvaluator(program.model_proto)
+    arguments, _ = exported(11)
+    inputs = {each.name: argument.numpy() for each, argument in zip(program.model_proto.graph.input, arguments)}
+    (loss,) = evaluator.run(None, inputs)
+    torch.testing.assert_close(torch.from_numpy(loss), Exported()(*arguments).detach())
+
+
+def products_of(function):
+    """How many matrix products run."""
+
+    class Products(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func._schema.name.rstrip("_") in ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul")
+            return func(*args, **(kwargs or {}))
+
+    with Products() as products:
+        function()
+    return products.n
+
+
+@traced
+@pytest.mark.ways("interpreter")
+def test_matrix_products(device):
+    """Three for loss and gradients, all of them in forward; without gradients one, and for a frozen encoder two."""
+    tensors = [each.requires_grad_() for each in pairs(6, 3, torch.float64, device)]
+    losses = []
+    assert products_of(lambda: losses.append(ts.siglip_loss(*tensors))) == 3
+    assert products_of(losses[0].backward) == 0
+    with torch.no_grad():
+        assert products_of(lambda: ts.siglip_loss(*tensors)) == 1
+    assert products_of(lambda: ts.siglip_loss(*[each.detach() for each in tensors])) == 1
+    assert products_of(lambda: ts.siglip_loss(tensors[0].detach(), *tensors[1:])) == 2
+    assert products_of(lambda: ts.siglip_loss(*[each.detach() for each in tensors[:2]], *tensors[2:])) == 1
+    assert products_of(lambda: ts.siglip_loss(*tensors, chunk_size=2)) == 9
+
+
+def test_a_block_takes_a_bounded_memory_and_no_fewer_rows_than_products_need():
+    for n_texts, dtype, rows in ((4096, torch.float32, 256), (4096, torch.bfloat16, 512), (1 << 20, torch.float32, 64)):
+        assert siglip.default_chunk_size(torch.empty(n_texts, 0, dtype=dtype)) == rows
+    # On a GPU siglip-kernel's best at 65,536 pairs in bf16.
+    assert siglip.default_chunk_size(torch.empty(65536, 0, dtype=torch.bfloat16, device="meta")) == 4096
 
 
 def test_no_gradient_is_lost_where_a_pair_is_certain(device):
@@ -120,7 +389,6 @@ def test_the_operands_and_their_gradients_are_saved_and_nothing_of_the_matrix(de
 @pytest.mark.ways("interpreter")
 def test_the_matrix_of_all_pairs_is_never_there(device):
     """The largest tensor of forward and backward is a chunk of it, whatever operators run."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         elements = 0
@@ -306,4 +574,7 @@ def test_kernels_of_a_chunk(device, monkeypatch):
         monkeypatch.setattr(kernels, name, lambda *t, launch=launch, name=name: launches.append(name) or launch(*t))
     tensors = [tensor.requires_grad_() for tensor in pairs(20, 4, torch.float32, device)]
     ts.siglip_loss(*tensors, chunk_size=10).backward()
-    assert launches == ["_forward"] * 2 + ["_gradient"] * 2
+    assert launches == ["_gradient"] * 2
+    with torch.no_grad():
+        ts.siglip_loss(*tensors, chunk_size=10)
+    assert launches == ["_gradient"] * 2 + ["_forward"] * 2

@@ -148,7 +148,7 @@ legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignm
 
 
 def uncompiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """`function` as torch.compile runs it where it breaks the graph: as it is. The public decorator would import Dynamo at once."""
+    """`function`, into which torch.compile does not look. The public decorator would import Dynamo when it decorates."""
     disabled: Callable[_Parameters, _Result] = torch._dynamo.disable(function)
     return disabled
 

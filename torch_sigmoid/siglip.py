@@ -5,17 +5,17 @@
     G = ∂Σ/∂l = -σ(z) or σ(z)
     grad_image = scale/B·G·text    grad_text = scale/B·Gᵀ·image    grad_scale = ΣG·s/B    grad_bias = ΣG/B
 
-Where a gradient is wanted, forward computes it as well. Each block of rows is multiplied out once, one pass over it adds up the
-loss and writes G over s, and two more products add G·text and Gᵀ·image to what is kept: three matrix products a step, where
-autograd of the plain formula has three and its matrices, and a backward that computes s again has four. Backward multiplies by
-grad_output·scale/B.
+Where a gradient is wanted, forward computes it as well. For each block of rows it multiplies out s, adds up the loss and writes
+G over s in one pass, and adds the products G·text and Gᵀ·image to what it keeps for backward, which multiplies by
+grad_output·scale/B. That is three matrix products a step, as in autograd of the plain formula; a backward that computed s again
+would take four. No block outlives its pass, so memory is O(block + features).
 
-No block is there for long, so memory is O(block + features). Over a process group the texts pass from rank to rank, see ring.py.
+Over a process group the texts pass from rank to rank, see ring.py.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,10 +42,10 @@ from .internals import apply_of, make_fx_traces, transforms_active, uncompiled
 from .losses import autocasts, own_dtypes
 from .ring import Alone, Ring, agree, is_dtensor, resolved, ring_of, warn_if_forgotten
 
-# Memory for a block of similarities. On a CPU it is to stay in the cache from one pass to the next: with two cores and 32 MiB of
-# L3, 4096 pairs of width 256 take 0.26 s in blocks of 1 to 16 MiB and 0.31 s in blocks of 0.5 MiB.
-# On a GPU it is to fill the device: 65,536 bf16 texts come in 4096 rows, the best number of those that siglip-kernel 0.1.2
-# publishes for a GH200. Not measured here.
+# Memory for a block of similarities. On a CPU it should stay in the cache from one pass to the next: with two cores and 32 MiB
+# of L3, 4096 pairs of width 256 take 0.26 s in blocks of 1 to 16 MiB, and 0.31 s in blocks of 0.5 MiB.
+# A GPU needs enough rows to be busy: 65,536 bf16 texts come to 4096 rows, which the authors of siglip-kernel 0.1.2 publish as
+# the best number on a GH200. Not measured here.
 BLOCK_BYTES = {"cpu": 4 * 2**20}
 BLOCK_BYTES_OF_ACCELERATORS = 512 * 2**20
 # With fewer rows matrix products slow down: with 32 they take 1.6 times as long as with 256, on that CPU.
@@ -60,7 +60,7 @@ def default_chunk_size(text: Tensor) -> int:
     return max(FEWEST_ROWS, memory // max(1, text.shape[0] * text.itemsize))
 
 
-softplus = functools.partial(torch.ops.aten.softplus.out, beta=1.0, threshold=SOFTPLUS_IS_LINEAR_FROM)
+softplus: Callable[..., Tensor] = functools.partial(torch.ops.aten.softplus.out, beta=1.0, threshold=SOFTPLUS_IS_LINEAR_FROM)
 
 
 class Block:
@@ -112,8 +112,8 @@ class Block:
     def _negate_pairs(self, values: Tensor, image_ids: Tensor, text_ids: Tensor, first: int | None) -> Tensor:
         """Negate, in place, the values of pairs that belong together: those of equal ids.
 
-        If `first` is not None, nobody has given ids, and it is the text that belongs to the first of these images: the pairs are
-        a diagonal, empty for the texts of another rank.
+        If `first` is not None, nobody has given ids, and it is the text that belongs to the first of these images: the pairs
+        are a diagonal, empty for the texts of another rank.
         """
         if first is not None:
             values.diagonal(first).neg_()
@@ -142,7 +142,9 @@ def value_and_factors(
     by_position = image_ids is None or text_ids is None
     if image_ids is None or text_ids is None:
         # Ids that no other rank has.
-        image_ids, text_ids = (ids + (ring.rank << 32) for ids in positions(image, text))
+        first_id = ring.rank << 32
+        text_ids = torch.arange(first_id, first_id + text.shape[0], device=text.device)
+        image_ids = text_ids[: image.shape[0]]
     chunk_size = min(chunk_size or default_chunk_size(text), image.shape[0])
     of_chunks = list(zip(image.split(chunk_size), image_ids.split(chunk_size))) if chunk_size else []
     to_image = image.new_zeros(image.shape, dtype=scale.dtype) if needs[0] else None
@@ -183,10 +185,11 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def gradients_of(grad: Tensor, operands: Tensors, factors: Gradients) -> Gradients:
-    """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward has left."""
+    """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward left."""
     _, _, scale, _ = operands
+    of_similarity = grad * scale
     return tuple(
-        None if factor is None else (factor * (grad * scale if factor.dim() else grad)).to(operand.dtype)
+        None if factor is None else (factor * (of_similarity if factor.dim() else grad)).to(operand.dtype)
         for operand, factor in zip(operands, factors)
     )
 
@@ -228,8 +231,7 @@ class SigLIPFunction(Function):
         return *gradients, None, None, None, None, None, None
 
 
-# In torch operators, differentiable in whatever way. Nothing here writes into a view, which tracers and subclasses may lose, nor
-# asks for a size, which may be a symbol.
+# In torch operators, differentiable in whatever way. Nothing here writes into a view: tracers and subclasses may lose that.
 
 
 def positions(image: Tensor, text: Tensor) -> Tensors:
@@ -313,28 +315,28 @@ def apply(
 ) -> Tensor:
     """The loss in `dtype`, by whichever way is open to those who listen.
 
-    Over several ranks, the gradients that these get are such that their average is that of the loss. With `n_images`, the number
-    on all ranks, they are those of the loss itself.
+    Over several ranks, each gets gradients whose average over the ranks is that of the loss. With `n_images`, the number on all
+    ranks, each gets those of the loss itself.
     """
-    operands: Any = image, text, scale, bias, image_ids, text_ids
+    operands = image, text, scale, bias, image_ids, text_ids
     needs = [torch.is_grad_enabled() and each.requires_grad for each in operands[:4]]
     if ring.size == 1:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transforms_active():
             from .siglip_library import siglip
 
-            loss, *_ = siglip(*operands, chunk_size, needs)
-            return (loss / image.shape[0]).to(dtype)
+            total: Tensor = siglip(*operands, chunk_size, needs)[0]
+            return (total / image.shape[0]).to(dtype)
         if not _computes_in_blocks(operands) or not (image.numel() and text.numel()):
             return formula(*operands, dtype)
-    operands = tuple(map(recordable, operands))
+    recorded = cast("_Operands", tuple(map(recordable, operands)))
     if any(needs):
-        return _apply(*operands, chunk_size, ring, dtype, n_images)
+        return _apply(*recorded, chunk_size, ring, dtype, n_images)
     with torch.no_grad():
-        total, _ = value_and_factors(*operands, chunk_size, ring, needs)
-        return (total / (n_images or image.shape[0] * ring.size)).to(dtype)
+        value, _ = value_and_factors(*recorded, chunk_size, ring, needs)
+        return (value / (n_images or image.shape[0] * ring.size)).to(dtype)
 
 
-def _computes_in_blocks(operands: Sequence[Any]) -> bool:
+def _computes_in_blocks(operands: "_Operands") -> bool:
     """Whether operators on these operands compute now, and at most eager reverse mode listens."""
     return listener() < TRANSFORM and not make_fx_traces() and all(type(each) in PLAIN_TYPES for each in operands[:4])
 
@@ -353,10 +355,11 @@ def siglip_loss(
 ) -> Tensor:
     r"""-1/B·Σ_ij log σ(z_ij·(logit_scale·⟨image_i, text_j⟩ + logit_bias)): the loss of SigLIP.
 
-    z_ij is 1 where image i and text j belong together, else -1. Sigmoid loss for language image pre-training, Zhai et al. 2023,
-    in the form of open_clip: `logit_scale` multiplies as it is (what a model learns is its logarithm), and the sum is divided by
-    the number of images B. The matrix products are torch.matmul's, in the features' dtype; the arithmetic of the loss is fp32
-    (fp64 for fp64). In fp16, ∂loss/∂logit of a pair below 6e-8 is lost in those products, as in torch; bf16 keeps it.
+    z_ij is 1 where image i and text j belong together, else -1. Sigmoid loss for language image pre-training, Zhai et al.
+    2023, in the form of open_clip: `logit_scale` multiplies as it is (what a model learns is its logarithm), and the sum is
+    divided by the number of images B. The matrix products are torch.matmul's, in the features' dtype; the arithmetic of the
+    loss is fp32 (fp64 for fp64). In fp16, ∂loss/∂logit of a pair below 6e-8 is lost in those products, as in torch; bf16 keeps
+    it.
 
     Text i belongs to image i, and further texts to none. With ids, each image belongs to all texts of its id: several captions
     of an image, or several images of a product, count as pairs.
@@ -425,7 +428,7 @@ def siglip_loss(
 
 
 def agreed_operands(
-    ring: Ring, arguments: tuple[Any, ...], chunk_size: int | None, shapes: str = ""
+    ring: Ring, arguments: "Arguments", chunk_size: int | None, shapes: str = ""
 ) -> tuple["_Operands", torch.dtype, list[tuple[int, int]]]:
     """What `operands_of` gives, if the ranks agree on it, and each rank's numbers of images and texts.
 
@@ -452,6 +455,8 @@ def agreed_operands(
     return operands, dtype, agree(ring.group, ", ".join(told), rows=(image.shape[0], text.shape[0]))
 
 
+# Features, scale, bias and ids, as they were passed and as they are computed with.
+Arguments = tuple[Any, Any, Any, Any, Any, Any]
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 

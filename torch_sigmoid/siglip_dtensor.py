@@ -3,7 +3,7 @@
 Imported when siglip_loss first meets a DTensor.
 """
 
-from typing import Any
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .dispatch import TRANSFORM, listener
 from .ring import CALLER, Ring, ring_of
-from .siglip import agreed_operands, apply, operands_of, positions
+from .siglip import Arguments, agreed_operands, apply, operands_of, positions
 
 
 def loss_of_dtensors(
@@ -44,16 +44,15 @@ def loss_of_dtensors(
         raise RuntimeError(f"{CALLER}: with DTensors expected eager reverse mode, got a tracer or a transform")
 
     # Each rank computes the gradients of the global loss, so those of what is local are placed as their DTensors are.
-    arguments: list[Any] = [
-        each.to_local(grad_placements=each.placements) if isinstance(each, DTensor) else each
-        for each in (image, text, scale, bias, image_ids, text_ids)
-    ]
+    given = image, text, scale, bias, image_ids, text_ids
+    local = (each.to_local(grad_placements=each.placements) if isinstance(each, DTensor) else each for each in given)
+    arguments = cast(Arguments, tuple(local))
     dim = _sharded_dim(image)
     ring = ring_of(None if dim is None else image.device_mesh.get_group(dim))
     if dim is not None and isinstance(ring, Ring):
         loss = _loss_of_shards(image, text, dim, ring, arguments, chunk_size)
     else:
-        operands, dtype = operands_of(*arguments, chunk_size)  # type: ignore[call-arg]
+        operands, dtype = operands_of(*arguments, chunk_size)
         loss = apply(*operands, chunk_size, dtype, ring)
     mesh = image.device_mesh
     replicated: Tensor = DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -61,15 +60,16 @@ def loss_of_dtensors(
 
 
 def _loss_of_shards(
-    image: DTensor, text: DTensor, dim: int, ring: Ring, arguments: list[Any], chunk_size: int | None
+    image: DTensor, text: DTensor, dim: int, ring: Ring, arguments: Arguments, chunk_size: int | None
 ) -> Tensor:
     """The loss of this rank's shards with those of the others, which may have other numbers of rows."""
     has_ids = arguments[4] is not None or arguments[5] is not None
     if not has_ids and all(isinstance(each, Tensor) and each.dim() == 2 for each in arguments[:2]):
         # A rank may have fewer texts than images; their positions in the global batch take the place of these below.
-        arguments[4:] = positions(*arguments[:2])
+        image_ids, text_ids = positions(*arguments[:2])
+        arguments = *arguments[:4], image_ids, text_ids
     told = f"image_features {tuple(image.shape)}, text_features {tuple(text.shape)}, DTensors{' with ids' * has_ids}"
-    operands, dtype, rows = agreed_operands(ring, (*arguments,), chunk_size, told)
+    operands, dtype, rows = agreed_operands(ring, arguments, chunk_size, told)
     ring.sizes = [n_texts for _, n_texts in rows]
     if not has_ids:
         rows_of = dict(zip(dist.get_process_group_ranks(ring.group), rows))
