@@ -134,6 +134,20 @@ def test_more_texts_than_images_and_ids_that_hold_across_ranks(four, size, dtype
     four.run(assert_the_whole_batch, size, dtype, 11, ids)
 
 
+def assert_kernels():
+    assert ts.path(torch.empty(1)).name == "triton"
+    for ids in (False, True):
+        assert_the_whole_batch(4, torch.float32, 11, ids)
+        assert_dtensors((4,), [Shard(0)], 5, 9, ids, "tensor", torch.float32)
+
+
+@pytest.mark.ways("interpreter")
+def test_kernels_know_the_texts_of_other_ranks(four, kernels):
+    if kernels.way != "interpreter":
+        pytest.skip("runs kernels in the interpreter")
+    four.run(assert_kernels)
+
+
 def assert_open_clip(size, bidir):
     from open_clip.loss import SigLipLoss
 

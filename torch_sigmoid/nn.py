@@ -350,7 +350,8 @@ def _targets_repr(loss: torch.nn.Module) -> str:
 class SigLIPLoss(torch.nn.Module):
     """The sigmoid loss of image-text pairs, called with both features, scale, bias and ids. See `torch_sigmoid.siglip_loss`.
 
-    A copy has the same process group. A process group cannot be pickled, but "world" can.
+    `group` is a process group, a DeviceMesh of one dimension, "world", or None. A copy has the same one. A process group cannot
+    be pickled, but "world" can.
     """
 
     def __init__(

@@ -244,7 +244,8 @@ def warn_if_forgotten() -> None:
     warnings.warn(
         f"{CALLER}: torch.distributed runs on {dist.get_world_size()} ranks, but group is None: each rank gets the loss of its "
         'own batch, without the texts of the other ranks. For the loss of all ranks pass group="world", a process group or a '
-        "DeviceMesh of one dimension. If this is meant, pass a group of this rank alone.",
+        "DeviceMesh of one dimension. If you want the loss of each rank's own batch, pass a group of this rank alone, such as "
+        "torch.distributed.new_group([rank], use_local_synchronization=True).",
         stacklevel=4,
     )
 
@@ -275,7 +276,8 @@ def agree(
         told = f"{type(error).__name__}: {str(error).removeprefix(f'{CALLER}: ')}"
         kind = next((i for i, each in enumerate(_FAILURES, 1) if isinstance(error, each)), 2)
     text = bytearray(told.encode()[:TEXT_SIZE].ljust(TEXT_SIZE))
-    own = torch.cat([torch.tensor([kind, *rows]).view(torch.uint8), torch.frombuffer(text, dtype=torch.uint8)])
+    numbers = torch.tensor([kind, *rows], device="cpu").view(torch.uint8)
+    own = torch.cat([numbers, torch.frombuffer(text, dtype=torch.uint8)])
     found = own.new_empty((dist.get_world_size(group), own.numel()))
     ranks = dist.get_process_group_ranks(group)
     try:

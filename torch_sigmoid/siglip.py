@@ -368,10 +368,16 @@ def siglip_loss(
     three matrix products, of which backward needs none. Call the loss under `torch.no_grad` if you want its value only, which
     takes one.
 
-    With a process group each rank passes its own features, and text features go around the ring of ranks. Every rank gets the
-    loss of the whole batch, that of all ranks together. Its gradients are those of the sum over all ranks divided by its own
-    batch size: averaged over ranks, as DistributedDataParallel averages them, the gradients of parameters, scale and bias are
-    those of that loss.
+    With `group` each rank passes its own features, and the texts go around the ring of ranks in both directions while the ranks
+    compute. Every rank gets the loss of the whole batch, that of all ranks together. Its gradients are those of the sum over
+    all ranks divided by its own batch size: averaged over ranks, as DistributedDataParallel averages them, the gradients of
+    parameters, scale and bias are those of that loss.
+
+    DTensors need no `group`. Features that are sharded by Shard(0) over one dimension of their mesh are one batch, whose loss
+    is computed over the ranks of that dimension; shards may have unequally many rows. The loss is a replicated DTensor, and the
+    gradients are those of the loss itself, not to be averaged: sharded as the features are for these, and the same on every
+    rank for scale and bias, which may be replicated DTensors, plain tensors or numbers. If features are replicated, each rank
+    computes all of it, and nothing is communicated.
 
     Args:
         image_features, text_features: (B, D) and (M, D), float, usually normalised. M ≥ B unless there are ids.
@@ -379,24 +385,31 @@ def siglip_loss(
         image_ids, text_ids: (B,) and (M,), integers; pairs of equal ids belong together, on whichever rank they are. Both or
             neither.
         chunk_size: rows of the matrix at a time; None for as many as take 4 MiB on a CPU and 512 MiB elsewhere.
-        group: a process group, or "world" for the one that torch.distributed.init_process_group makes. All of its ranks must
-            call, with the same B, M, D and dtype, and for each argument either all or none must want a gradient, or be given.
-            The ranks compare these at each call, without waiting for a device. Under torch.compile it breaks the graph.
+        group: the ranks that make up the batch: a process group, a DeviceMesh of one dimension (of others pass one, as in
+            mesh["dp"]), or "world" for the group that torch.distributed.init_process_group makes. All of its ranks must call,
+            with the same B, M, D and dtype, and for each argument either all or none must want a gradient, or be given. The
+            hosts compare these at each call, without waiting for a device. None for this rank alone; if there are others, that
+            warns once in a process. To keep it from warning, pass a group of this rank alone.
 
     Returns:
         The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
+        With DTensors, a DTensor.
 
     Saved for backward: the features, scale, bias and ids, and the features' gradients, up to a factor, in fp32 (fp64 for fp64).
-    Differentiable to any order; with a process group once only, and in eager reverse mode only. torch.compile sees one operator
-    that never holds the matrix. torch.export, torch.func, forward mode, fake and meta tensors and other subclasses get the
-    formula in torch operators, which does hold it.
+    Differentiable to any order; over several ranks once only, and in eager reverse mode only. torch.compile sees one operator
+    that never holds the matrix; with a group or DTensors it breaks the graph. torch.export, torch.func, forward mode, fake and
+    meta tensors and other subclasses get the formula in torch operators, which does hold it.
 
     Raises:
-        TypeError: an argument is of the wrong type, or one of the ids is given without the other.
+        TypeError: an argument is of the wrong type, one of the ids is given without the other, or some of features and ids are
+            DTensors and others are not.
         ValueError: features that are no matrices of one width, fewer texts than images without ids, ids of another shape, two
-            devices, a scale or bias of more than one element, a chunk_size below 1, a rank with another batch size; then every
-            rank raises.
-        RuntimeError: `group` together with create_graph=True, transforms or forward mode.
+            devices, a scale or bias of more than one element, a chunk_size below 1; a group without this rank; DTensors of
+            other placements, which the error says how to redistribute.
+        ValueError, TypeError or RuntimeError on every rank: a rank has another shape or dtype, other ids or gradients, or an
+            error of its own. The message says which ranks have what.
+        RuntimeError: several ranks together with create_graph=True, transforms or forward mode; or a rank that has ended, or
+            has not called when the group's timeout is over.
 
     Example:
         >>> features = torch.nn.functional.normalize(torch.eye(4), dim=-1)

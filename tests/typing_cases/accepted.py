@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import assert_type
 
 import torch_sigmoid
@@ -56,6 +57,8 @@ assert_type(torch_sigmoid.SwiGLUPacked(-1)(x), Tensor)
 assert_type(torch_sigmoid.SwiGLUPacked(interleaved=True)(x), Tensor)
 assert_type(torch_sigmoid.BCEWithLogitsLoss(pos_weight=x, reduction="none")(x, x), Tensor)
 assert_type(torch_sigmoid.SigmoidFocalLoss(gamma=1.5, reduction="sum")(x, x), Tensor)
+assert_type(torch_sigmoid.siglip_loss(x, x, 10.0, group=DeviceMesh("cpu", [0])), Tensor)
+assert_type(torch_sigmoid.SigLIPLoss(group=DeviceMesh("cpu", [0]))(x, x, 10.0), Tensor)
 assert_type(torch_sigmoid.SigLIPLoss(chunk_size=16)(x, x, 10.0), Tensor)
 assert_type(torch_sigmoid.SigLIPLoss()(x, x, 10.0, image_ids=x, text_ids=x), Tensor)
 
