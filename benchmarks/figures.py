@@ -321,7 +321,7 @@ TABLES = {
         "pairs | peak MiB, plain formula → ours | ours ÷ plain | ms, forward + backward",
         "{pairs} | {torch[peak MiB]:.0f} → {ours[peak MiB]:.0f} | {ratio:.2f} "
         "| {torch[milliseconds]:.0f} → {ours[milliseconds]:.0f}",
-        "Features of width {width}, fp32, chunks of {chunk_size}, above the features themselves: {source}",
+        "Features of width {width}, fp32, above the features themselves: {source}",
         pairs_lines,
         n_labels=0,
     ),

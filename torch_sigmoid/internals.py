@@ -6,13 +6,16 @@ copy-on-write tensor.)
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 _C = torch._C
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 # Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
 is_tracing: Callable[[], bool] = _C._is_tracing
@@ -129,7 +132,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_c10d.Store":
-    """The store over which the hosts of a process group talk."""
+    """The store over which the hosts of a process group meet."""
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
@@ -162,14 +165,21 @@ def register_sharding_rule(
     DTensor._op_dispatcher.sharding_propagator.register_op_strategy(operator, strategy, decides)
 
 
+def timeout_of(group: "torch.distributed.ProcessGroup") -> timedelta:
+    """How long a process group waits for a rank; torch takes it, but does not give it back."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
+
+
 # Warns as torch does, in its words.
 legacy_reduction: Callable[[bool | None, bool | None], Literal["none", "mean", "sum"]]
 legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignment]  # str, to torch
 
 
-def graph_break() -> None:
-    """Have torch.compile run what follows as it is."""
-    torch._dynamo.graph_break()
+def uncompiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """`function`, into which torch.compile does not look. The public decorator would import Dynamo when it decorates."""
+    disabled: Callable[_Parameters, _Result] = torch._dynamo.disable(function)
+    return disabled
 
 
 # What torch.nn.functional.silu and glu end in, which torch shows nowhere else.
