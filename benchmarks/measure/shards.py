@@ -10,6 +10,7 @@ Writes shards.csv and .json. Exits with 1 if ours is wrong anywhere, or needs mo
 a minute.
 """
 
+import logging
 import sys
 import warnings
 from collections.abc import Collection
@@ -113,8 +114,9 @@ def random(*shape: int) -> torch.Tensor:
 
 def measure(mesh_shape: tuple[int, ...], names: Collection[str] = tuple(OPERATORS)) -> list[dict]:
     """The rows of a mesh, of the operators of these names; in each of its processes."""
-    # Autograd's stream of a CPU, and DTensor's own use of what torch has deprecated.
+    # Autograd asks for the stream of a CPU; torch recommends other meshes; and it may drop what DTensor uses.
     warnings.simplefilter("ignore")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     mesh = init_device_mesh("cpu", mesh_shape)
     rows = []
     for name, row in ((name, OPERATORS[name]) for name in names):
