@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing test lint types mutants models bench figures gpu clean
+.PHONY: train vanishing distributed test lint types mutants models bench figures gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -12,6 +12,10 @@ train: $(VENV)/installed
 # Networks of growing depth, watched: where their gradients vanish. Writes into benchmarks/results/.
 vanishing: $(VENV)/installed
 	$(RUN) -m benchmarks vanishing $(ARGS)
+
+# DDP, FSDP2 and tensor parallelism in 2 and 4 processes, killed and resumed too: the losses must be those of one process.
+distributed: $(VENV)/installed
+	$(RUN) -m benchmarks distributed $(ARGS)
 
 # The same tests three times: as they are, then with kernels in Triton's interpreter, and with the machine code of a GPU, executed.
 test: lint

@@ -21,6 +21,7 @@ PARTS = {
     "train": "benchmarks.train",
     "vanishing": "benchmarks.training.vanishing",
     "boundary": "benchmarks.training.boundary",
+    "distributed": "benchmarks.training.distributed",
     "figures": "benchmarks.figures",
 }
 # What runs if no part is named.
@@ -45,7 +46,7 @@ def list_of_parts() -> str:
         # Parsed, not imported: help must not wait for torch.
         source = Path(importlib.util.find_spec(module).origin).read_text()
         summary = ast.get_docstring(ast.parse(source)).splitlines()[0]
-        lines.append(f"  {'*' if name in in_suite else ' '} {name:<10} {summary}")
+        lines.append(f"  {'*' if name in in_suite else ' '} {name:<11} {summary}")
     return "\n".join(lines)
 
 

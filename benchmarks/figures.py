@@ -198,6 +198,16 @@ def pairs_lines(pairs: dict) -> list[dict]:
     return [line | {"ratio": line["ours"]["peak MiB"] / line["torch"]["peak MiB"]} for line in lines]
 
 
+def distributed_lines(distributed: dict) -> list[dict]:
+    """A line for each command: under each task, the largest difference of its losses in float64 and float32."""
+    lines, tasks = {}, {row["task"] for row in distributed["rows"]}
+    for row in distributed["rows"]:
+        line = lines.setdefault((row["what"], row["engine"], row["processes"]), dict.fromkeys(tasks, ""))
+        line |= {key: row[key] for key in ("what", "engine", "processes", "parameters held", "seconds with starts")}
+        line[row["task"]] = " / ".join(filter(None, [line[row["task"]], f"{row['largest loss difference']:.0e}"]))
+    return list(lines.values())
+
+
 def models_lines(models: dict) -> list[dict]:
     def line(row):
         name = f"{row['library']}: {row['model']}"
@@ -261,6 +271,17 @@ TABLES = {
         "`{operator}` | {fp32[0]:.4g} → {fp32[1]:.4g} | {bf16[0]:.4g} → {bf16[1]:.4g}",
         "Bytes per element, {source}",
         memory_lines,
+    ),
+    "distributed": Table(
+        "cpu/distributed",
+        "what happens | engine | processes | of the parameters, each holds | transformer | `replace`d | BCE | focal | SigLIP "
+        "| seconds",
+        "{what} | {engine} | {processes} | {parameters held:.2f} | {transformer} | {replaced} | {bce} | {focal} | {siglip} "
+        "| {seconds with starts:.0f}",
+        "Largest difference of a loss, in float64 / float32 or in one of them; seconds with the start of the processes, whose "
+        "number of threads is 1: {source}",
+        distributed_lines,
+        n_labels=2,
     ),
     "vanishing": Table(
         "cpu/vanishing",

@@ -11,6 +11,8 @@
 5. SigLIP on paired views of digits: the plain formula, ours, and ours in two processes (training/retrieval.py).
 6. Gradient descent moving a decision boundary (training/boundary.py).
 
+Under torchrun, `--engine ddp`, fsdp2, tp or fsdp2-tp trains on PyTorch's engines instead; `--engine ddp --help` says what.
+
 Writes train.json, boundary.json and figures. Exits with 1 if an accuracy is below 0.95 (0.6 of the pairs found), if a promised
 identity does not hold, if our gates cost 0.5 % of accuracy, or if a curve of our losses is not that of torch operators. Takes
 a minute or two on a CPU.
@@ -153,6 +155,10 @@ def parse(argv):
     return arguments
 
 
+def asks_for_engine(argv) -> bool:
+    return any(word.partition("=")[0] == "--engine" for word in argv)
+
+
 def show(title, compared, caption=None) -> None:
     """A row for each run; the difference is that of its losses from the losses of the first run beside it."""
     rows = []
@@ -181,6 +187,10 @@ def failures_of(compared, interpret) -> list[str]:
 
 
 def main(argv=None) -> int:
+    if asks_for_engine(sys.argv[1:] if argv is None else argv):
+        from .training import engines  # needs torch.distributed
+
+        return engines.main(argv)
     arguments = parse(argv)
     if arguments.interpret:
         if not torch_sigmoid.kernels.INTERPRETED:

@@ -22,7 +22,7 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path):
     assert {name: len(run["losses"]) for name, run in results["retrieval"].items()} == dict.fromkeys(names, 4)
     # None of these curves is that of another seed.
     runs = {name: retrieval.Run(**run) for name, run in results["retrieval"].items()}
-    runs[retrieval.PLAIN] = retrieval.train(retrieval.siglip_loss, torch.device("cpu"), 1, 1, 4, "another seed")
+    runs[retrieval.PLAIN] = retrieval.train(retrieval.siglip_loss, torch.device("cpu"), 4, 1, "another seed")
     found = retrieval.failures(runs, trained=False)
     assert [failure.partition(": the loss curve")[0] for failure in found] == [f"paired views, {name}" for name in names[1:]]
 
@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_a_number_is_a_failure():
 def test_ranks_that_do_not_run_are_a_failure(capfd, monkeypatch):
     monkeypatch.setattr(retrieval, "RANKS", "no number")
     plain = retrieval.Run([1.0], 1.0, 10.0, -10.0)
-    runs = {retrieval.PLAIN: plain, retrieval.TWO_PROCESSES: retrieval.train_ranks(1, 0, 1)}
+    runs = {retrieval.PLAIN: plain, retrieval.TWO_PROCESSES: retrieval.train_ranks(1, 0)}
     assert "no number" in capfd.readouterr().err
     assert retrieval.failures(runs, trained=True) == ["paired views, torch_sigmoid, two processes: ended without a result"]
     assert retrieval.rows(runs)[1]["held-out accuracy"] == "failed"

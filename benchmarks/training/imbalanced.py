@@ -81,12 +81,16 @@ def load_task(device: torch.device, seed: int) -> Task:
     return Task(*tensors, positives_kept=KEPT_POSITIVES / rare.sum().item())
 
 
+def make_network(inside: int = 64, width: int = 64) -> nn.Sequential:
+    """A network of smooth layers: at a ReLU's kink, a single rounding would switch a gradient off."""
+    return nn.Sequential(
+        nn.Linear(inside, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1), nn.Flatten(0)
+    )
+
+
 def train(task: Task, loss, epochs: int, seed: int, steps: int | None) -> Run:
-    """Train a network of smooth layers: at a ReLU's kink, a single rounding would switch a gradient off."""
     torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.Linear(task.train_inputs.shape[1], 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0)
-    ).to(task.train_inputs)
+    network = make_network().to(task.train_inputs)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     shuffle = torch.Generator().manual_seed(seed)
     losses = []

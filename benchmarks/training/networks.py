@@ -1,5 +1,6 @@
 """Two small networks for images of digits, 8 × 8, whose gates the caller gives: a transformer and convolutions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,51 +13,86 @@ SIDE = 8
 
 
 class Gates(NamedTuple):
-    swiglu_packed: Callable[[Tensor], Tensor]
-    sigmoid_gate: Callable[[Tensor, Tensor], Tensor]
+    """Makes what gates a network: silu(gate)·up of a tensor in which gate and up alternate, and x·σ(gate)."""
+
+    swiglu_packed: Callable[[], nn.Module]
+    sigmoid_gate: Callable[[], nn.Module]
 
 
-def torch_swiglu_packed(packed: Tensor) -> Tensor:
-    gate, up = packed.chunk(2, -1)
-    return nn.functional.silu(gate) * up
+class TorchSwiGLUPacked(nn.Module):
+    def forward(self, packed: Tensor) -> Tensor:
+        return nn.functional.silu(packed[..., ::2]) * packed[..., 1::2]
 
 
-TORCH = Gates(torch_swiglu_packed, lambda input, gate: input * torch.sigmoid(gate))
-OURS = Gates(torch_sigmoid.swiglu_packed, torch_sigmoid.sigmoid_gate)
+class TorchSigmoidGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        return input * self.sigmoid(gate)
+
+
+TORCH = Gates(TorchSwiGLUPacked, TorchSigmoidGate)
+OURS = Gates(functools.partial(torch_sigmoid.SwiGLUPacked, interleaved=True), torch_sigmoid.SigmoidGate)
+
+
+class PackedMLP(nn.Module):
+    """SwiGLU. Each shard of the rows of `gate_and_up` holds whole pairs, because gate and up alternate."""
+
+    def __init__(self, gates: Gates, width: int):
+        super().__init__()
+        self.gate_and_up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+        self.swiglu_packed = gates.swiglu_packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.swiglu_packed(self.gate_and_up(x)))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU as people write it: a form that `torch_sigmoid.replace` knows."""
+
+    def __init__(self, gates: Gates, width: int):
+        super().__init__()
+        self.w1, self.w3, self.w2 = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """Self-attention, where each token gates the output of each head by a σ of its own, then a SwiGLU layer; both residual."""
+    """Self-attention, where each token gates the output of each head by a σ of its own, then a SwiGLU layer; both residual.
 
-    def __init__(self, gates: Gates, width: int, heads: int):
+    A head's query, key and value are neighbours among the rows of `project`, so that each shard of them holds whole heads.
+    """
+
+    def __init__(self, gates: Gates, width: int, heads: int, mlp: Callable[[Gates, int], nn.Module]):
         super().__init__()
-        self.gates = gates
-        self.heads = heads
+        self.head_width = width // heads
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.project = nn.Linear(width, 3 * width)
-        self.gate = nn.Linear(width, heads)
+        self.gate, self.sigmoid_gate = nn.Linear(width, heads), gates.sigmoid_gate()
         self.out = nn.Linear(width, width)
-        self.gate_and_up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(2 * width, width)
+        self.mlp = mlp(gates, width)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.attention_norm(x)
-        query, key, value = self.project(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.project(normed).unflatten(-1, (-1, 3, self.head_width)).permute(3, 0, 2, 1, 4)
         attended = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         # (B, T, heads, D) against (B, T, heads, 1)
-        attended = self.gates.sigmoid_gate(attended, self.gate(normed)[..., None])
+        attended = self.sigmoid_gate(attended, self.gate(normed)[..., None])
         x = x + self.out(attended.flatten(2))
-        return x + self.down(self.gates.swiglu_packed(self.gate_and_up(self.feed_norm(x))))
+        return x + self.mlp(self.feed_norm(x))
 
 
 class Transformer(nn.Module):
     """A transformer over an image's rows."""
 
-    def __init__(self, gates: Gates, classes: int, width: int = 32, heads: int = 4, depth: int = 2):
+    def __init__(self, gates: Gates, classes: int, width: int = 32, heads: int = 4, depth: int = 2, mlp=PackedMLP):
         super().__init__()
         self.embed = nn.Linear(SIDE, width)
         self.position = nn.Parameter(0.1 * torch.randn(SIDE, width))
-        self.blocks = nn.Sequential(*(Block(gates, width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(gates, width, heads, mlp) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,12 +104,12 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, gates: Gates, channels: int, squeezed: int):
         super().__init__()
-        self.gates = gates
+        self.sigmoid_gate = gates.sigmoid_gate()
         self.excite = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         # (N, C, H, W) against (N, C, 1, 1)
-        return self.gates.sigmoid_gate(x, self.excite(x.mean((2, 3)))[..., None, None])
+        return self.sigmoid_gate(x, self.excite(x.mean((2, 3)))[..., None, None])
 
 
 def squeeze_excitation_network(gates: Gates, classes: int, channels: int = 24) -> nn.Module:

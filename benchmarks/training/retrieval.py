@@ -4,21 +4,13 @@ Two encoders each see one half of an image from scikit-learn's digits, its even 
 that belongs to their own among those of a batch. Scale and bias are learned, from where the paper starts them (Zhai et al.
 2023: log 10 and -10). The accuracy is how often the nearest other half is the right one, in batches held out; chance is 1/128.
 
-All three see the same batches from the same seed, in float64, so that only an error can make their curves differ. Torchrun
-starts the two processes, on the CPU with gloo: each has half of every batch, DistributedDataParallel averages the gradients,
-and the loss passes the features of one half of the pairs to the other process around its ring.
-
-`make train` runs it; under torchrun this module is one rank.
+All three see the same batches from the same seed, in float64, so that only an error can make their curves differ. The two
+processes are those of engines.py, on the CPU with gloo: each has half of every batch, DistributedDataParallel averages the
+gradients, and the loss passes the features of one half of the pairs to the other process around its ring.
 """
 
-import argparse
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +25,7 @@ import torch_sigmoid
 from torch_sigmoid.operators import siglip_loss
 
 from ..measure import record
+from .loop import Training, run_ranks
 from .tasks import largest_difference
 
 RANKS = 2
@@ -61,41 +54,48 @@ class Encoders(nn.Module):
     def __init__(self, inside: int = 32, width: int = 64):
         super().__init__()
         self.even, self.odd = (nn.Sequential(nn.Linear(inside, 128), nn.SiLU(), nn.Linear(128, width)) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        # With a dimension, which fully_shard asks of a parameter.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         even, odd = images[..., ::2].flatten(1), images[..., 1::2].flatten(1)
         return F.normalize(self.even(even), dim=1), F.normalize(self.odd(odd), dim=1), self.log_scale.exp(), self.bias
 
 
-def train(loss, device: torch.device, epochs: int, seed: int, steps: int | None, label: str, group=None) -> Run:
-    """Train on whole batches only, so that the ranks of `group` have equal shares of each."""
+def load(device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to train on and those held out, in float64."""
     # Pixels are 0 to 16.
     images = torch.tensor(load_digits().images / 8 - 1, device=device)
-    train_images, test_images = (
-        images[part] for part in train_test_split(range(len(images)), test_size=0.25, random_state=seed)
-    )
+    train_images, test_images = train_test_split(range(len(images)), test_size=0.25, random_state=seed)
+    return images[train_images], images[test_images]
+
+
+def make_training(loss, device: torch.device, seed: int) -> tuple[Training, Tensor]:
+    """The encoders' training from a seed, and the images held out."""
+    train_images, test_images = load(device, seed)
     torch.manual_seed(seed)
-    encoders = Encoders().to(images)
-    model = encoders if group is None else nn.parallel.DistributedDataParallel(encoders, process_group=group)
-    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    optimizer = torch.optim.AdamW(encoders.parameters(), lr=LEARNING_RATE)
-    shuffle = torch.Generator().manual_seed(seed)
-    losses = []
-    for _ in record.progress(range(epochs), label) if rank == 0 else range(epochs):
-        order = torch.randperm(len(train_images), generator=shuffle).to(device)
-        for batch in whole_batches(order)[:steps]:
-            value = loss(*model(train_images[batch.chunk(size)[rank]]))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
+    encoders = Encoders().to(train_images)
+
+    def of_images(model: nn.Module, images: Tensor) -> Tensor:
+        return loss(*model(images))
+
+    return Training(encoders, of_images, (train_images,), BATCH_SIZE, LEARNING_RATE, seed), test_images
+
+
+def run_of(training: Training, test_images: Tensor) -> Run:
+    """What a training has reached."""
     with torch.no_grad():
-        even, odd, scale, bias = encoders(test_images)
+        even, odd, scale, bias = training.model(test_images)
         found = [(ours @ theirs.T).argmax(1) for ours, theirs in zip(whole_batches(even), whole_batches(odd))]
-    correct = torch.stack(found) == torch.arange(BATCH_SIZE, device=device)
-    return Run(losses, correct.double().mean().item(), scale.item(), bias.item())
+    correct = torch.stack(found) == torch.arange(BATCH_SIZE, device=test_images.device)
+    return Run(training.losses, correct.double().mean().item(), scale.item(), bias.item())
+
+
+def train(loss, device: torch.device, steps: int, seed: int, label: str) -> Run:
+    training, test_images = make_training(loss, device, seed)
+    training.run(steps, label)
+    return run_of(training, test_images)
 
 
 def whole_batches(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -113,28 +113,31 @@ def no_ranks() -> str | None:
     return None if dist.is_gloo_available() else "gloo is not part of this torch"
 
 
-def train_ranks(epochs: int, seed: int, steps: int | None) -> Run | None:
-    """The run of the first of RANKS processes; None if they failed, after they said so on stderr."""
+def train_ranks(steps: int, seed: int) -> Run | None:
+    """The run of RANKS processes on PyTorch's engine `ddp`; None if they failed, after they said so on stderr."""
+    from .checkpoints import Checkpoints  # needs torch.distributed
+
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "run.json"
-        # Otherwise the ranks look for each other at whatever this machine's name resolves to.
-        torchrun = ["torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(RANKS)]
-        options = ["--epochs", str(epochs), "--seed", str(seed), "--out", str(result)]
-        options += [] if steps is None else ["--steps", str(steps)]
-        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.training.retrieval", *options]
-        ended = subprocess.run(command, cwd=record.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return Run(**json.loads(result.read_text())) if ended.returncode == 0 else None
+        options = ["--engine", "ddp", "--task", "siglip", "--dtype", "float64", "--device", "cpu", "--steps", str(steps)]
+        options += ["--seed", str(seed), "--checkpoint", folder, "--checkpoint-every", str(steps), "--out", folder]
+        ended = run_ranks(RANKS, *options)
+        if ended.returncode:
+            return None
+        # What two processes have saved, one process loads.
+        training, test_images = make_training(ours, torch.device("cpu"), seed)
+        Checkpoints(Path(folder) / f"siglip-float64-seed{seed}").load(training)
+        return run_of(training, test_images)
 
 
 def compare(device: torch.device, epochs: int, seed: int, steps: int | None = None) -> dict[str, Run | None]:
-    """The runs by name, two processes only if torch can start them; an epoch has at most `steps` batches."""
-    epochs = min(epochs, EPOCHS)
+    """The runs by name, two processes only if torch can start them; `steps` in place of `epochs`, if given."""
+    steps = steps or min(epochs, EPOCHS) * (len(load(device, seed)[0]) // BATCH_SIZE)
     runs = {
-        name: train(loss, device, epochs, seed, steps, f"paired views, {name}")
+        name: train(loss, device, steps, seed, f"paired views, {name}")
         for name, loss in ((PLAIN, siglip_loss), (ONE_PROCESS, ours))
     }
     if no_ranks() is None:
-        runs[TWO_PROCESSES] = train_ranks(epochs, seed, steps)
+        runs[TWO_PROCESSES] = train_ranks(steps, seed)
     return runs
 
 
@@ -168,31 +171,3 @@ def failures(runs, trained: bool) -> list[str]:
         if trained and run.accuracy < REQUIRED_ACCURACY:
             found.append(f"paired views, {name}: accuracy {run.accuracy:.4f} is below {REQUIRED_ACCURACY}")
     return found
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.training.retrieval", description="One rank of the two.")
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args(argv)
-    # A rank whose partner has gone waits this long, then ends.
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
-    group = dist.group.WORLD
-
-    def over_the_ring(*tensors):
-        return ours(*tensors, group=group)
-
-    device = torch.device("cpu")
-    run = train(
-        over_the_ring, device, arguments.epochs, arguments.seed, arguments.steps, f"paired views, {TWO_PROCESSES}", group
-    )
-    if dist.get_rank(group) == 0:
-        arguments.out.write_text(json.dumps(run._asdict()))
-    dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
