@@ -136,12 +136,6 @@ def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
-def timeout_of(group: "torch.distributed.ProcessGroup") -> timedelta:
-    """How long a process group waits for a rank; torch takes it, but does not give it back."""
-    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
-    return timeout
-
-
 def register_sharding_rule(
     operator: Any, n_tensors: int, rule: Callable[[list[Any]], tuple[Sequence[Any], Sequence[Any]]]
 ) -> None:
@@ -169,6 +163,12 @@ def register_sharding_rule(
 
     decides = RuntimeSchemaInfo(static_argnum=n_tensors, static_kwargkey=names[n_tensors:])
     DTensor._op_dispatcher.sharding_propagator.register_op_strategy(operator, strategy, decides)
+
+
+def timeout_of(group: "torch.distributed.ProcessGroup") -> timedelta:
+    """How long a process group waits for a rank; torch takes it, but does not give it back."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
 
 
 # Warns as torch does, in its words.
