@@ -1,8 +1,9 @@
 """Peak memory and time of SigLIP's loss over the number of pairs: the plain formula and ours.
 
-The plain formula holds the matrix of all pairs several times; ours holds a block of its rows, of the default size. On a CPU each measurement
-has a process of its own, and the peak is how far its resident memory rises above what the features take; on a GPU it is the
-allocator's. Before it is measured, ours must give the plain formula's loss and gradients, to 1e-5 of the largest.
+The plain formula holds the matrix of all pairs several times; ours holds a block of its rows, of the default size. On a CPU
+each measurement has a process of its own, and the peak is how far its resident memory rises above what the features take.
+On a GPU it is the allocator's. Before it is measured, ours must give the plain formula's loss and gradients, to 1e-5 of the
+largest.
 
 Writes pairs.csv and .json. Takes about a minute.
 """
