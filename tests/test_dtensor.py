@@ -75,6 +75,12 @@ def what_mixes():
         message = None
     except RuntimeError as error:
         message = str(error)
+    with torch_sigmoid.debug():
+        try:
+            torch_sigmoid.binary_cross_entropy_with_logits(sharded, sharded.detach())
+            refused = None
+        except ValueError as error:
+            refused = str(error)
     target = (gate > 0).double()
     own = torch_sigmoid.binary_cross_entropy_with_logits(
         sharded, distribute_tensor(target, mesh, [Shard(0)]), pos_weight=torch.tensor(2.0).double(), ignore_index=0
@@ -83,6 +89,7 @@ def what_mixes():
     across = torch_sigmoid.swiglu(sharded, distribute_tensor(gate, mesh, [Shard(1)]))
     return {
         "message": message,
+        "refused": refused,
         "mean": (own.full_tensor() - whole).abs().item(),
         "gate": (across.full_tensor() - torch_sigmoid.swiglu(x, gate)).abs().max().item(),
         "path": torch_sigmoid.path(sharded),
@@ -97,6 +104,7 @@ def test_double_backward_and_mixed_operands_over_two_processes():
     for errors, mixed in ranks.run(both, 2):
         assert {where: error for where, error in errors.items() if not error <= shards.TOLERANCE} == {}
         assert "need to convert all torch.Tensor to DTensor" in mixed["message"]
+        assert "target must be in [0, 1], got 1.54" in mixed["refused"]
         assert mixed["mean"] < 1e-15
         assert mixed["gate"] == 0
         assert "DTensor" not in mixed["path"].reason

@@ -10,7 +10,7 @@ transforms, forward mode and tracers, the formula itself is recorded: autograd t
 import contextlib
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from .checks import (
 from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
 from .formulas import upcast, weighted_loss
 from .internals import legacy_reduction
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -334,7 +337,8 @@ def _loss(
     pos_weight = weight_for(caller, "pos_weight", pos_weight, input)
     check_devices(caller, **{input_name: input, target_name: target})
     if listener() != TRACER and _debug_depth.get():
-        check_targets(caller, target_name, target, ignore_index)
+        whole = cast("DTensor", target).full_tensor() if is_distributed(type(target)) else target
+        check_targets(caller, target_name, whole, ignore_index)
     dtype = input.dtype
     if target.dtype is not dtype and target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
