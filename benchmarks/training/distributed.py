@@ -1,4 +1,4 @@
-"""Training on PyTorch's engines (DDP, FSDP2, TP, FSDP2 × TP), killed, resumed and resharded: are the losses those of one?
+"""Training on PyTorch's engines, killed, resumed and resharded: are the losses those of one process?
 
 1. Each engine trains every model of engines.py in 2 processes, FSDP2 with tensor parallelism in 4, in float64 and float32.
 2. A process kills itself by SIGKILL, in mid-training or while it writes a checkpoint; torchrun starts all of them again, and
