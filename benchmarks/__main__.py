@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ON_THIS_MACHINE = ("accuracy", "code", "counts", "host", "imports", "intercept", "watch", "pairs", "speed")
+ON_THIS_MACHINE = ("accuracy", "code", "counts", "host", "imports", "intercept", "watch", "pairs", "shards", "speed")
 MEASUREMENTS = (*ON_THIS_MACHINE, "tune", "gpu", "models", "mutants")
 # Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
@@ -34,6 +34,7 @@ SUITE = (
     ("intercept",),
     ("watch",),
     ("pairs",),
+    ("shards",),
     ("speed", "--device", "cpu"),
     ("speed", "--device", "cuda"),
 )

@@ -209,6 +209,22 @@ def distributed_lines(distributed: dict) -> list[dict]:
     return list(lines.values())
 
 
+def shards_lines(shards: dict) -> list[dict]:
+    """A line for each operator: what torch's formula and ours do in two processes, under each placement of three rows."""
+
+    def cell(row):
+        if "refused" in row:
+            return "refused"
+        counts = ("+".join(str(row[f"{order} {what}"]) for order in ORDERS[:2]) for what in ("collectives", "operators"))
+        return ", ".join(counts) + (" **wrong**" if not row["error"] <= 1e-12 else "")
+
+    lines = pivot(where(shards, mesh="2", rows=3), "operator", "placement", "provider")
+    for line in lines:
+        for placement in ("S(0)", "S(1)", "R", "P(sum)"):
+            line[placement] = " → ".join(cell(line[f"{placement} {provider}"]) for provider in ("torch", "ours"))
+    return lines
+
+
 def models_lines(models: dict) -> list[dict]:
     def line(row):
         name = f"{row['library']}: {row['model']}"
@@ -284,6 +300,13 @@ TABLES = {
         distributed_lines,
         n_labels=2,
     ),
+    "shards": Table(
+        "cpu/shards",
+        "operator | Shard(0) | Shard(1) | Replicate | Partial",
+        "`{operator}` | {S(0)} | {S(1)} | {R} | {P(sum)}",
+        "Forward+backward, three rows on two processes (gloo), torch's formula → ours: {source}",
+        shards_lines,
+    ),
     "vanishing": Table(
         "cpu/vanishing",
         "activation | precision | initialisation | learns up to depth | stops at depth",
@@ -322,7 +345,7 @@ TABLES = {
         "pairs | peak MiB, plain formula → ours | ours ÷ plain | ms, forward + backward",
         "{pairs} | {torch[peak MiB]:.0f} → {ours[peak MiB]:.0f} | {ratio:.2f} "
         "| {torch[milliseconds]:.0f} → {ours[milliseconds]:.0f}",
-        "Features of width {width}, fp32, chunks of {chunk_size}, above the features themselves: {source}",
+        "Features of width {width}, fp32, above the features themselves: {source}",
         pairs_lines,
         n_labels=0,
     ),

@@ -363,9 +363,10 @@ def loss_launches(dtype):
     yield "fold of counts", reduce._fold, [partials, counts], [meta(dtype=dtype), count], 0, 0.0
     shape = (256, 4096)
     similarity, factor = meta(*shape, dtype=dtype), meta(dtype=wide).expand(shape)
-    labels = meta(256, 1, dtype=torch.int64).expand(shape)
-    yield "pairs forward", siglip._forward, [similarity, labels, factor, factor], [partials], 1, 0.0
-    yield "pairs gradient", siglip._gradient, [similarity, labels, factor, factor], [similarity, partials, partials], 2, 0.0
+    ids = meta(256, 1, dtype=torch.int64).expand(shape), meta(4096, dtype=torch.int64).expand(shape)
+    inputs = [similarity, *ids, factor, factor]
+    yield "pairs forward", siglip._forward, inputs, [partials], 1, 0.0
+    yield "pairs gradient", siglip._gradient, inputs, [similarity, partials, partials, partials], 2, 0.0
 
 
 def all_launches(dtype):
@@ -407,7 +408,8 @@ def test_profilers_see_a_kernel_under_the_name_of_its_formula():
 )
 def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
-    # and the tail are up to 50 instructions an element. A focal loss may take twice what memory leaves time for.
+    # and the tail are up to 50 instructions an element, and 4 more for each sum but the first. A focal loss may take twice what
+    # memory leaves time for.
     slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
     for name, launcher, inputs, outputs, moved, gamma in loss_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
@@ -422,5 +424,6 @@ def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
         accesses = [each for each in instructions if each.startswith(("LDG", "STG")) and ".128" in each]
         assert len(accesses) >= moved * elements_per_thread() * dtype.itemsize // 16, name
         if target == "sm_90" and moved:
-            allowed = moved * slots * (2 if gamma else 1) + 50
+            n_sums = sum(output.shape == (2048,) for output in outputs)
+            allowed = moved * slots * (2 if gamma else 1) + 50 + 4 * max(0, n_sums - 1)
             assert len(instructions) / elements_per_thread() <= allowed, name

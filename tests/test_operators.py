@@ -315,8 +315,9 @@ def test_what_exists_anyway_is_saved_and_backward_twice_gives_the_same(name, dev
     arguments = [each.detach().requires_grad_(index not in case.constants) for index, each in enumerate(tensors)]
     output, saved = saved_by(case.function, arguments)
     existing = {tensor.untyped_storage().data_ptr() for tensor in (*arguments, output)}
-    # The scale and bias of features are numbers in the dtype of the arithmetic.
-    assert {each.untyped_storage().data_ptr() for each in saved if each.dim()} <= existing
+    # SigLIP's loss computes gradients in forward, and keeps them: tests/test_siglip.py.
+    if NAMED[name][0].family != "siglip":
+        assert {each.untyped_storage().data_ptr() for each in saved} <= existing
     inputs = [each for each in arguments if each.requires_grad]
     first, second = (torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -666,6 +667,8 @@ def test_after_warmup_by_name_nothing_is_compiled_for_dense_tensors(operator, de
                 derivatives(ours, given, torch.bfloat16)
                 tensors = leaves(given)
                 torch.autograd.grad(ours(*tensors).sum(), tensors)
+                with torch.no_grad():
+                    ours(*tensors)
         assert executed == compiled
 
 

@@ -15,7 +15,9 @@ A second derivative is one kernel; where a third may follow it is built from dif
 All Functions stand in this file, which is longer than others, so that what each one saves can be compared with its neighbours.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,12 +27,14 @@ from torch.autograd import Function
 from . import kernels
 from .dispatch import (
     NOBODY,
+    PLAIN_TYPES,
     REVERSE_MODE,
     TRACER,
     TRANSFORM,
     Gradients,
     Save,
     Tensors,
+    asks_library,
     launchable,
     listener,
     threshold_allows_kernel,
@@ -47,18 +51,34 @@ def batch_first(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> T
     )
 
 
+def library() -> ModuleType:
+    """The operators of torch.library, which are not made before somebody asks for them."""
+    return importlib.import_module(".library", __package__)
+
+
 # Sigmoid on values: the kernel where the tensors allow it, else the formula in torch operators.
 
 
 def sigmoid_value(input: Tensor) -> Tensor:
     """σ(x)."""
-    return kernels.sigmoid.sigmoid_forward(input) if threshold_allows_kernel(input) else torch.sigmoid(input)
+    value: Tensor
+    if threshold_allows_kernel(input):
+        value = kernels.sigmoid.sigmoid_forward(input)
+    elif asks_library(input):
+        value = library().OPERATORS["sigmoid", 0](input, "output")
+    else:
+        value = torch.sigmoid(input)
+    return value
 
 
 def sigmoid_gradient(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ'."""
+    gradient: Tensor
     if launchable(saved, grad_output):
-        gradient: Tensor = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+        gradient = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+        return gradient
+    if asks_library(saved):
+        gradient = library().OPERATORS["sigmoid", 1](grad_output, saved, save)
         return gradient
     return sigmoid_gradient_formula(grad_output, saved, save)
 
@@ -76,6 +96,16 @@ def sigmoid_second_gradients(grad_grad_input: Tensor, grad_output: Tensor, saved
             grad_grad_input, grad_output, saved, save == "input"
         )
         return gradients
+    if asks_library(saved):
+        second_gradients: tuple[Tensor, Tensor] = library().OPERATORS["sigmoid", 2](grad_grad_input, grad_output, saved, save)
+        return second_gradients
+    return sigmoid_second_gradients_formula(grad_grad_input, grad_output, saved, save)
+
+
+def sigmoid_second_gradients_formula(
+    grad_grad_input: Tensor, grad_output: Tensor, saved: Tensor, save: Save
+) -> tuple[Tensor, Tensor]:
+    """The same in torch operators, differentiable."""
     return (
         sigmoid_gradient_formula(grad_grad_input, saved, save).to(grad_output.dtype),
         _curvature(grad_grad_input, grad_output, saved, save, sigmoid_gradient_formula),
@@ -252,6 +282,8 @@ _apply_eagerly: dict[Save, Callable[..., Tensor]] = {
 
 def record_sigmoid(input: Tensor, save: Save, listening: int) -> Tensor:
     """σ(input), recorded for whoever listens; a tracer must not."""
+    if type(input) not in PLAIN_TYPES and asks_library(input):
+        (input,) = library().in_place(library().Sigmoid(save), [input])
     if listening >= TRANSFORM:
         return SigmoidFunction.apply(input, save)
     if listening == REVERSE_MODE and input.requires_grad:
@@ -422,6 +454,10 @@ def operator_backward(operator: Operator, grad_output: Tensor, *tensors: Tensor 
 _apply_operator_eagerly = apply_of(_EagerOperatorFunction)
 
 
+# Of operands that need not be asked any further.
+_ORDINARY = frozenset((*PLAIN_TYPES, type(None)))
+
+
 def recordable(tensor: Tensor | None) -> Tensor | None:
     """The tensor as a Function can save it."""
     if tensor is None:
@@ -441,11 +477,15 @@ def record(operator: Operator, *tensors: Tensor | None) -> Tensor:
         n is not None and listening == REVERSE_MODE and any(each is not None and each.requires_grad for each in tensors[n:])
     ):
         return operator.formula(*tensors)
+    if not _ORDINARY.issuperset(map(type, tensors)) and any(each is not None and asks_library(each) for each in tensors):
+        operator, tensors = library().seen(operator, tensors)
     if listening == TRANSFORM:
         return OperatorFunction.apply(operator, *tensors)
     if listening == NOBODY:
         return operator.forward(*tensors)[0]
-    if any(each is not None and each.requires_grad for each in tensors):
-        return _apply_operator_eagerly(operator, *map(recordable, tensors))
+    # A loop costs half of what `any` does.
+    for each in tensors:
+        if each is not None and each.requires_grad:
+            return _apply_operator_eagerly(operator, *map(recordable, tensors))
     with torch.no_grad():  # so that the formulas know that nothing listens
         return operator.forward(*tensors)[0]

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -175,10 +175,10 @@ def check_targets(caller: str, name: str, target: Tensor, ignore_index: int | No
         raise ValueError(f"{caller}(): {name} must be in [0, 1], got {target[~fine][0].item()}")
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    if not isinstance(chunk_size, int):
-        raise TypeError(f"siglip_loss(): chunk_size must be an int, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and not isinstance(chunk_size, int):
+        raise TypeError(f"siglip_loss(): chunk_size must be an int or None, got {type(chunk_size).__name__}")
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"siglip_loss(): chunk_size must be at least 1, got {chunk_size}")
 
 
@@ -197,13 +197,15 @@ def number_for(caller: str, name: str, value: Tensor | float, like: Tensor) -> T
     return value.reshape(()).to(like.device, dtype, non_blocking=True)
 
 
-def process_group(group: "torch.distributed.ProcessGroup | str") -> "torch.distributed.ProcessGroup":
-    """The group that "world" stands for at this time, or the group itself."""
-    distributed = torch.distributed
-    if group == "world":
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise ValueError('siglip_loss(): group="world" needs torch.distributed.init_process_group, which was not called')
-        return cast("torch.distributed.ProcessGroup", distributed.group.WORLD)
-    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
-        raise TypeError(f'siglip_loss(): group must be a process group of this rank or "world", got {group!r}')
-    return group
+def ids_for(caller: str, name: str, ids: Tensor | None, features: Tensor) -> Tensor | None:
+    """The ids of these features as int64, side by side; None where none are given."""
+    if ids is None:
+        return None
+    check_tensors(caller, **{name: ids})
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool or ids.layout is not torch.strided:
+        raise TypeError(f"{caller}(): {name} must be dense integers, got {described(ids)}")
+    if ids.dim() != 1 or ids.shape[0] != features.shape[0]:
+        expected = f"({features.shape[0]},), one for each row of its features"
+        raise ValueError(f"{caller}(): {name} must have shape {expected}, got {tuple(ids.shape)}")
+    check_devices(caller, **{name.replace("ids", "features"): features, name: ids})
+    return ids.to(torch.int64).contiguous()

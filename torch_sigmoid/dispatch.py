@@ -1,6 +1,7 @@
 """Which path a call takes, and who listens to it.
 
-triton   a float tensor on a device that Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted
+triton   a float tensor on a device that Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted;
+         a DTensor likewise on its shard, by way of an operator of torch.library
 traced   under torch.compile, export, jit.trace, functionalize and nested torch.func.jvp, which see torch operators only: the
          same numerics in these, for a compiler to fuse
 torch    everything else: torch's own operator, or our gradient formula in torch operators where torch's is not exact
@@ -8,11 +9,13 @@ torch    everything else: torch's own operator, or our gradient formula in torch
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import kernels
 from .checks import check_save, check_tensors
@@ -21,6 +24,7 @@ from .internals import (
     has_plain_keys,
     in_forward_mode,
     is_tracing,
+    make_fx_traces,
     modes_listen,
     nested_jvp,
     transforms_active,
@@ -137,9 +141,25 @@ def has_plain_storage(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and has_plain_keys(tensor)
 
 
+@cache
+def is_distributed(kind: type[Tensor]) -> bool:
+    """Whether this is DTensor, or inherits from it."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and issubclass(kind, tensor.DTensor)
+
+
+def asks_library(tensor: Tensor) -> bool:
+    """Whether a call is one operator of torch.library: to a DTensor, and to a fake tensor that make_fx does not record."""
+    kind = type(tensor)
+    if kind in PLAIN_TYPES:
+        return False
+    return is_distributed(kind) or (issubclass(kind, FakeTensor) and not make_fx_traces())
+
+
 def reaches_kernels(input: Tensor) -> bool:
-    """Whether a kernel may run on a tensor like this, unless somebody records operators."""
-    return type(input) in PLAIN_TYPES and kernels_refusal(input.device) is None
+    """Whether a kernel may run on a tensor like this or on its shards, unless somebody records operators."""
+    kind = type(input)
+    return (kind in PLAIN_TYPES or is_distributed(kind)) and kernels_refusal(input.device) is None
 
 
 def launchable(first: Tensor, *others: Tensor | None) -> bool:
@@ -224,8 +244,9 @@ def path(input: Tensor, *, save: Save = "output") -> Path:
         return _torch_path("sparse and nested tensors are torch's own")
     if listener() == TRACER:
         return _TRACED
-    if type(input) not in PLAIN_TYPES:
-        return _torch_path(f"{type(input).__name__} is a Tensor subclass, which sees torch's operators")
+    kind = type(input)
+    if kind not in PLAIN_TYPES and not is_distributed(kind):
+        return _torch_path(f"{kind.__name__} is a Tensor subclass, which sees torch's operators")
     if refusal := kernels_refusal(input.device):
         return _torch_path(refusal)
     if is_small(input, save):

@@ -5,14 +5,17 @@ copy-on-write tensor.)
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 _C = torch._C
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 # Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
 is_tracing: Callable[[], bool] = _C._is_tracing
@@ -129,8 +132,43 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_c10d.Store":
-    """The store over which the hosts of a process group talk."""
+    """The store over which the hosts of a process group meet."""
     return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
+def register_sharding_rule(
+    operator: Any, n_tensors: int, rule: Callable[[list[Any]], tuple[Sequence[Any], Sequence[Any]]]
+) -> None:
+    """Let DTensors run an operator whose first `n_tensors` arguments are tensors: the others decide with them.
+
+    `rule` is given the arguments, what torch knows of a DTensor in its place, and returns the placements of tensors and
+    results. The public `register_sharding` gathers a dimension of fewer elements than ranks, and decides once for all strings.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
+
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def strategy(schema: OpSchema) -> OpStrategy:
+        arguments = [*schema.args_schema, *(schema.kwargs_schema[name] for name in names[len(schema.args_schema) :])]
+        specs = [each.strategies[0].output_spec for each in arguments if isinstance(each, OpStrategy)]
+        known = iter(specs)
+        inputs, outputs = rule([next(known) if isinstance(each, OpStrategy) else each for each in arguments])
+        mesh = specs[0].mesh
+        input_specs = [DTensorSpec(mesh, to, tensor_meta=spec.tensor_meta) for spec, to in zip(specs, inputs)]
+        output_specs = tuple(DTensorSpec(mesh, to) for to in outputs)
+        chosen = OpSpec(output_specs[0] if len(output_specs) == 1 else output_specs, input_specs, [[0.0]] * len(specs))
+        return OpStrategy([chosen])
+
+    decides = RuntimeSchemaInfo(static_argnum=n_tensors, static_kwargkey=names[n_tensors:])
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(operator, strategy, decides)
+
+
+def timeout_of(group: "torch.distributed.ProcessGroup") -> timedelta:
+    """How long a process group waits for a rank; torch takes it, but does not give it back."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
 
 
 # Warns as torch does, in its words.
@@ -138,9 +176,10 @@ legacy_reduction: Callable[[bool | None, bool | None], Literal["none", "mean", "
 legacy_reduction = torch.nn._reduction.legacy_get_string  # type: ignore[assignment]  # str, to torch
 
 
-def graph_break() -> None:
-    """Have torch.compile run what follows as it is."""
-    torch._dynamo.graph_break()
+def uncompiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """`function`, into which torch.compile does not look. The public decorator would import Dynamo when it decorates."""
+    disabled: Callable[_Parameters, _Result] = torch._dynamo.disable(function)
+    return disabled
 
 
 # What torch.nn.functional.silu and glu end in, which torch shows nowhere else.

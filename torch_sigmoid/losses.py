@@ -9,7 +9,7 @@ transforms, forward mode and tracers, the formula itself is recorded: autograd t
 
 import contextlib
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +29,7 @@ from .checks import (
     overridable,
     weight_for,
 )
-from .dispatch import TRACER, TRANSFORM, Tensors, is_ours, launchable, listener
+from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
 from .formulas import upcast, weighted_loss
 from .internals import legacy_reduction
 
@@ -342,7 +342,15 @@ def _loss(
         input = input.double()
     elif autocasts(input.device.type):
         dtype = torch.float32
-    return record(Loss(*options, dtype), input, target, weight, pos_weight)
+    operator = Loss(*options, dtype)
+    operands = input, target, weight, pos_weight
+    if operator.reduction == "mean" and listener() < operator.formula_from and is_distributed(type(input)):
+        # A mean of the means of shards would be wrong where they are of different sizes.
+        wide = torch.promote_types(dtype, torch.float32)
+        total = record(replace(operator, reduction="sum", dtype=wide), *operands)
+        count = operator.count(target)
+        return (total / (input.numel() if count is None else count)).to(dtype)
+    return record(operator, *operands)
 
 
 def autocasts(device_type: str) -> bool:

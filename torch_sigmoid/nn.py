@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks, functional
 from .dispatch import KERNELS_EXIST, Save
@@ -347,12 +348,18 @@ def _targets_repr(loss: torch.nn.Module) -> str:
 
 
 class SigLIPLoss(torch.nn.Module):
-    """The sigmoid loss of image-text pairs, called with both features, scale and bias. See `torch_sigmoid.siglip_loss`.
+    """The sigmoid loss of image-text pairs, called with both features, scale, bias and ids. See `torch_sigmoid.siglip_loss`.
 
-    A copy has the same process group. A process group cannot be pickled, but "world" can.
+    `group` is a process group, a DeviceMesh of one dimension, "world", or None. A copy has the same one. A process group cannot
+    be pickled, but "world" can.
     """
 
-    def __init__(self, *, chunk_size: int = 256, group: "torch.distributed.ProcessGroup | str | None" = None) -> None:
+    def __init__(
+        self,
+        *,
+        chunk_size: int | None = None,
+        group: "torch.distributed.ProcessGroup | DeviceMesh | str | None" = None,
+    ) -> None:
         super().__init__()
         checks.check_chunk_size(chunk_size)
         self.chunk_size = chunk_size
@@ -372,6 +379,9 @@ class SigLIPLoss(torch.nn.Module):
             text_features: Tensor,
             logit_scale: Tensor | float,
             logit_bias: Tensor | float | None = None,
+            *,
+            image_ids: Tensor | None = None,
+            text_ids: Tensor | None = None,
         ) -> Tensor: ...
 
     def forward(
@@ -380,10 +390,21 @@ class SigLIPLoss(torch.nn.Module):
         text_features: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor:
         return functional.siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, chunk_size=self.chunk_size, group=self.group
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            chunk_size=self.chunk_size,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
-        return f"chunk_size={self.chunk_size}" + (", distributed" if self.group is not None else "")
+        options = [] if self.chunk_size is None else [f"chunk_size={self.chunk_size}"]
+        return ", ".join(options + ["distributed"] * (self.group is not None))

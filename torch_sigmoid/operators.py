@@ -154,11 +154,11 @@ def focal_loss(inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: floa
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As open_clip has it: the logits of all pairs, and log σ of them with the sign of each pair."""
+    """As open_clip has it: the logits of all pairs, and log σ of them with the sign of each pair; of more texts, too."""
     logits = scale * image @ text.T
     if bias is not None:
         logits = logits + bias
-    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
+    signs = 2 * torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(image)
 
 
@@ -462,5 +462,5 @@ def _run_once(function: Callable[..., Tensor], case: Case, device: torch.device,
             upstream = (output.new_ones(()).expand(output.shape) if expanded else torch.ones_like(output)).requires_grad_()
             grads = torch.autograd.grad(output, inputs, upstream, create_graph=True)
             torch.autograd.grad(grads, [upstream, *inputs], [torch.ones_like(each) for each in grads])
-            # siglip_loss has a kernel that create_graph=True does not take.
-            torch.autograd.grad(function(*leaves), inputs, upstream.detach())
+            with torch.no_grad():  # siglip_loss has a kernel for its value alone
+                function(*leaves)

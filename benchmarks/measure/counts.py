@@ -2,6 +2,7 @@
 
 kernels   in forward, backward and double backward, on tensors of (8, 8): the torch operators that compute something, each of
           which is one kernel on a GPU, and our launches. Without a GPU's driver, Triton's interpreter makes the launches
+products  of matrices among them, in forward and backward
 saved     the storage that autograd keeps, each once: beside the kernels in tensors of the output's size (of the input's, for a
           loss), and on tensors of realistic size in bytes per element, for each dtype
 peak      on a GPU: bytes per element allocated above the operands, at the highest, until forward has returned and until
@@ -33,6 +34,7 @@ ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 20}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 ALLOCATE = ("aten::empty", "aten::new_empty")
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 BCE = torch.ops.aten.binary_cross_entropy_with_logits.default
 
 
@@ -41,7 +43,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operators = self.launches = 0
+        self.operators = self.launches = self.products = 0
         self.launching = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -52,6 +54,7 @@ class Counter(TorchDispatchMode):
         name = func._schema.name
         computes = not (func.is_view or name in ("aten::detach", "aten::promote_types") or name.startswith(ALLOCATE))
         self.operators += computes and not self.launching
+        self.products += name in PRODUCTS
         return func(*args, **(kwargs or {}))
 
     @property
@@ -119,9 +122,11 @@ def peaks(function, leaves, grad):
 def row_of(name: str, operator: Operator, label: str) -> dict:
     function = operator.providers[label].function
     leaves = operator.leaves(operator.operands(torch.randn, ROWS, COLUMNS))
-    launched = {order: counter.kernels for order, counter in count(function, leaves).items()}
+    counters = count(function, leaves)
+    launched = {order: counter.kernels for order, counter in counters.items()}
+    products = counters["forward"].products + counters["backward"].products
     saved = saved_bytes(function, *leaves) / (ROWS * COLUMNS * leaves[0].itemsize)
-    return {"operator": name, "provider": label} | launched | {"saved": saved}
+    return {"operator": name, "provider": label} | launched | {"products": products, "saved": saved}
 
 
 def count_kernels() -> list[dict]:

@@ -1,8 +1,9 @@
 """Peak memory and time of SigLIP's loss over the number of pairs: the plain formula and ours.
 
-The plain formula holds the matrix of all pairs several times; ours holds `chunk_size` of its rows. On a CPU each measurement
-has a process of its own, and the peak is how far its resident memory rises above what the features take; on a GPU it is the
-allocator's. Before it is measured, ours must give the plain formula's loss and gradients, to 1e-5 of the largest.
+The plain formula holds the matrix of all pairs several times; ours holds a block of its rows, of the default size. On a CPU
+each measurement has a process of its own, and the peak is how far its resident memory rises above what the features take.
+On a GPU it is the allocator's. Before it is measured, ours must give the plain formula's loss and gradients, to 1e-5 of the
+largest.
 
 Writes pairs.csv and .json. Takes about a minute.
 """
@@ -22,15 +23,12 @@ from torch_sigmoid.operators import siglip_loss
 
 from . import record
 
-WIDTH, CHUNK_SIZE = 256, 256
+WIDTH = 256
 PAIRS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 32768)}
 TOLERANCE = 1e-5
 REPEATS = 3
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-PROVIDERS = {
-    "torch": siglip_loss,
-    "ours": lambda *operands: torch_sigmoid.siglip_loss(*operands, chunk_size=CHUNK_SIZE),
-}
+PROVIDERS = {"torch": siglip_loss, "ours": torch_sigmoid.siglip_loss}
 
 
 def operands_of(pairs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -111,7 +109,7 @@ def main(argv=None) -> int:
                 output = subprocess.check_output([*command, "--pairs", str(pairs)], cwd=record.ROOT, text=True)
                 rows.append(json.loads(output))
     about = record.environment(device)
-    record.write(record.folder_of(device, arguments.out), "pairs", rows, about, width=WIDTH, chunk_size=CHUNK_SIZE)
+    record.write(record.folder_of(device, arguments.out), "pairs", rows, about, width=WIDTH)
     record.show(f"SigLIP on {record.device_name(device)}", rows)
     return 0
 

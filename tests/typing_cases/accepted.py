@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import assert_type
 
 import torch_sigmoid
@@ -38,6 +39,7 @@ assert_type(torch_sigmoid.swiglu_packed(x, interleaved=True, limit=7.0), Tensor)
 assert_type(torch_sigmoid.binary_cross_entropy_with_logits(x, x, reduction="sum", ignore_index=-1), Tensor)
 assert_type(torch_sigmoid.sigmoid_focal_loss(x, x, 0.25, 2, "mean"), Tensor)
 assert_type(torch_sigmoid.siglip_loss(x, x, 10.0, torch.zeros(()), group="world"), Tensor)
+assert_type(torch_sigmoid.siglip_loss(x, x, 10.0, image_ids=x, text_ids=x, chunk_size=None), Tensor)
 assert_type(torch_sigmoid.SigmoidFunction.apply(x, "input"), Tensor)
 assert_type(torch_sigmoid.path(x, save="input"), Path)
 assert_type(torch_sigmoid.path(x).name, Literal["triton", "traced", "torch"])
@@ -55,7 +57,10 @@ assert_type(torch_sigmoid.SwiGLUPacked(-1)(x), Tensor)
 assert_type(torch_sigmoid.SwiGLUPacked(interleaved=True)(x), Tensor)
 assert_type(torch_sigmoid.BCEWithLogitsLoss(pos_weight=x, reduction="none")(x, x), Tensor)
 assert_type(torch_sigmoid.SigmoidFocalLoss(gamma=1.5, reduction="sum")(x, x), Tensor)
+assert_type(torch_sigmoid.siglip_loss(x, x, 10.0, group=DeviceMesh("cpu", [0])), Tensor)
+assert_type(torch_sigmoid.SigLIPLoss(group=DeviceMesh("cpu", [0]))(x, x, 10.0), Tensor)
 assert_type(torch_sigmoid.SigLIPLoss(chunk_size=16)(x, x, 10.0), Tensor)
+assert_type(torch_sigmoid.SigLIPLoss()(x, x, 10.0, image_ids=x, text_ids=x), Tensor)
 
 # What Hugging Face's `kernels` asks of a layer and of a repository.
 repository = torch_sigmoid.layers.InstalledLayerRepository("SiLU")

@@ -28,6 +28,7 @@ torch_sigmoid.swiglu(x, x, alpha="1")  # arg-type
 torch_sigmoid.swiglu(x, x, 1.702)  # call-arg
 torch_sigmoid.torch_below(1.5)  # arg-type
 torch_sigmoid.siglip_loss(x, x, 10.0, chunk_size=0.5)  # arg-type
+torch_sigmoid.siglip_loss(x, x, 10.0, image_ids=[0, 1], text_ids=x)  # arg-type
 torch_sigmoid.Sigmoid()(x, x)  # call-arg
 torch_sigmoid.SwiGLU()(x)  # call-arg
 torch_sigmoid.SwiGLUPacked()(x, x)  # call-arg
