@@ -203,7 +203,8 @@ def distributed_lines(distributed: dict) -> list[dict]:
     lines, tasks = {}, {row["task"] for row in distributed["rows"]}
     for row in distributed["rows"]:
         line = lines.setdefault((row["what"], row["engine"], row["processes"]), dict.fromkeys(tasks, ""))
-        line |= {key: row[key] for key in ("what", "engine", "processes", "parameters held", "seconds with starts")}
+        line |= {key: row[key] for key in ("what", "engine", "processes", "seconds with starts")}
+        line["held"] = max(line.get("held", 0.0), row["parameters held"])
         line[row["task"]] = " / ".join(filter(None, [line[row["task"]], f"{row['largest loss difference']:.0e}"]))
     return list(lines.values())
 
@@ -290,9 +291,9 @@ TABLES = {
     ),
     "distributed": Table(
         "cpu/distributed",
-        "what happens | engine | processes | of the parameters, each holds | transformer | `replace`d | BCE | focal | SigLIP "
+        "what happens | engine | processes | part of the parameters in each | transformer | `replace`d | BCE | focal | SigLIP "
         "| seconds",
-        "{what} | {engine} | {processes} | {parameters held:.2f} | {transformer} | {replaced} | {bce} | {focal} | {siglip} "
+        "{what} | {engine} | {processes} | {held:.2f} | {transformer} | {replaced} | {bce} | {focal} | {siglip} "
         "| {seconds with starts:.0f}",
         "Largest difference of a loss, in float64 / float32 or in one of them; seconds with the start of the processes, whose "
         "number of threads is 1: {source}",

@@ -1,4 +1,4 @@
-"""Training on PyTorch's engines (DDP, FSDP2, TP, FSDP2 × TP), killed, resumed and resharded: are the losses those of one?
+"""Training on PyTorch's engines, killed, resumed and resharded: are the losses those of one process?
 
 1. Each engine trains every model of engines.py in 2 processes, FSDP2 with tensor parallelism in 4, in float64 and float32.
 2. A process kills itself by SIGKILL, in mid-training or while it writes a checkpoint; torchrun starts all of them again, and
@@ -7,7 +7,7 @@
 
 Each time the losses of all steps must be those of one process that is not disturbed, to 1e-10 in float64 and 1e-5 in float32;
 exits with 1 if they are not, or if nothing was resumed. On a CPU the processes talk over gloo, on GPUs, one for each process,
-over NCCL. Writes distributed.csv and .json. Takes four minutes on two cores.
+over NCCL. Writes distributed.csv and .json. Takes five minutes on two cores.
 """
 
 import shutil
@@ -30,16 +30,20 @@ PART, SAVED, EVERY, KILLED = 8, 12, 6, 13
 class Scenario(NamedTuple):
     """What happens, on which engine and in how many processes, the options of engines.py, and the step that is resumed.
 
-    `saved_by`: the engine and the number of processes that have trained a part before.
+    `saved_by`: the engine and the number of processes whose checkpoint of step PART is resumed.
     """
 
     what: str
     engine: str
     processes: int
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
     resumed_at: int = 0
     restarts: int = 0
     saved_by: tuple[str, int] | None = None
+
+
+def trained(engine: str, processes: int) -> Scenario:
+    return Scenario("trained", engine, processes, ("--checkpoint-every", str(PART)))
 
 
 def killed(step: int, resumed_at: int, engine: str, processes: int, dtype: str, task: str) -> Scenario:
@@ -54,10 +58,10 @@ def resharded(engine: str, processes: int, saved_by: tuple[str, int]) -> Scenari
 
 
 SCENARIOS = (
-    Scenario("trained", "ddp", 2),
-    Scenario("trained", "fsdp2", 2),
-    Scenario("trained", "tp", 2),
-    Scenario("trained", "fsdp2-tp", 4),
+    trained("ddp", 2),
+    trained("fsdp2", 2),
+    trained("tp", 2),
+    trained("fsdp2-tp", 4),
     killed(KILLED, SAVED, "ddp", 2, "float64", "siglip"),
     killed(KILLED, SAVED, "fsdp2", 2, "float64", "transformer"),
     killed(KILLED, SAVED, "tp", 2, "float64", "replaced"),
@@ -83,18 +87,18 @@ def run_engine(engine: str, processes: int, *options: str, out: Path, device: to
 
 
 def run(scenario: Scenario, device: torch.device, folder: Path) -> list[dict]:
-    """The rows of a scenario; in `folder` are the checkpoints that several share."""
-    own = Path(tempfile.mkdtemp(dir=folder))
-    options = (*scenario.options, "--checkpoint", str(own / "checkpoints"))
+    """The rows of a scenario; `folder` is for the checkpoints of all."""
+
+    def checkpoints(what: str, engine: str, processes: int) -> Path:
+        return folder / f"{what}, {engine}, {processes}"
+
+    own = checkpoints(scenario.what, scenario.engine, scenario.processes)
     if scenario.saved_by:
-        engine, processes = scenario.saved_by
-        saved = folder / f"{engine}-{processes}"
-        if not saved.exists():
-            part = ("--steps", str(PART), "--checkpoint", str(saved))
-            run_engine(engine, processes, *scenario.options, *part, out=own, device=device)
-        shutil.copytree(saved, own / "checkpoints")
+        for saved in checkpoints("trained", *scenario.saved_by).glob(f"*/step-{PART}"):
+            shutil.copytree(saved, own / saved.parent.name / saved.name)
+    options = (*scenario.options, "--checkpoint", str(own))
     begun = time.perf_counter()
-    rows = run_engine(scenario.engine, scenario.processes, *options, out=own, device=device, restarts=scenario.restarts)
+    rows = run_engine(scenario.engine, scenario.processes, *options, out=folder, device=device, restarts=scenario.restarts)
     whole = {"seconds with starts": round(time.perf_counter() - begun, 1)}
     return [{"what": scenario.what} | row | whole for row in rows]
 
