@@ -44,7 +44,7 @@ GATED_ACCURACY_DIFFERENCE = 0.005
 GATED_EPOCHS = 30
 SATURATING_BIAS = 8.0
 # With --interpret: steps of each epoch, and of the descent.
-INTERPRETED_STEPS = 4
+INTERPRETED_STEPS = 2
 # The exponentials of a CPU and of Triton's interpreter differ by an ulp or two in each call.
 INTERPRETED_TOLERANCE = 1e-5
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

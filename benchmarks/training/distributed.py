@@ -68,7 +68,6 @@ SCENARIOS = (
     killed(KILLED, SAVED, "fsdp2-tp", 4, "float64", "focal"),
     killed(SAVED, SAVED - EVERY, "fsdp2", 2, "float32", "transformer"),
     resharded("fsdp2", 1, ("fsdp2", 2)),
-    resharded("fsdp2", 4, ("fsdp2", 2)),
     resharded("fsdp2-tp", 4, ("tp", 2)),
 )
 
