@@ -304,7 +304,7 @@ TABLES = {
         "cpu/shards",
         "operator | Shard(0) | Shard(1) | Replicate | Partial",
         "`{operator}` | {S(0)} | {S(1)} | {R} | {P(sum)}",
-        "Forward+backward, three rows on two processes (gloo), torch's formula → ours: {source}",
+        "Collectives, local operators, each in forward+backward; torch's formula → ours, three rows on two processes: {source}",
         shards_lines,
     ),
     "vanishing": Table(

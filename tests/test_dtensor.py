@@ -8,11 +8,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from reference import random
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import torch_sigmoid
-from benchmarks.measure import ranks, shards
+from benchmarks.measure import shards
 from torch_sigmoid.operators import OPERATORS, cases
 from torch_sigmoid.shards import Linear, follow
 
@@ -22,14 +23,28 @@ NAMED = {name: case for name, row, case in cases() if row.family != "siglip"}
 PACKED = ("glu", "swiglu_packed", "swiglu_packed interleaved")
 
 
+@pytest.fixture
+def processes(tmp_path):
+    """A function that starts so many processes of one group."""
+    groups = []
+
+    def start(size):
+        groups.append(Ranks(size, tmp_path))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.end()
+
+
 # Of all operators in two processes; of one a kind in four, which take the longer.
 @pytest.mark.parametrize(
     ("mesh", "names"),
     [((2,), tuple(OPERATORS)), ((4,), ("sigmoid_gate", "sigmoid_focal_loss")), ((2, 2), ("sigmoid", "swiglu_packed"))],
     ids=str,
 )
-def test_no_placement_costs_more_collectives_than_torch_or_a_wrong_number(mesh, names):
-    rows = ranks.run(shards.measure, torch.Size(mesh).numel(), mesh, names)[0]
+def test_no_placement_costs_more_collectives_than_torch_or_a_wrong_number(mesh, names, processes):
+    rows = processes(torch.Size(mesh).numel()).run(shards.measure, mesh, names, within=240)[0]
     assert shards.failures(rows) == []
     for row in rows[1::2]:
         is_packed, is_loss = row["operator"] in PACKED and "S(1)" in row["placement"], "entropy" in row["operator"]
@@ -100,8 +115,8 @@ def both():
     return errors_of_double_backward(), what_mixes()
 
 
-def test_double_backward_and_mixed_operands_over_two_processes():
-    for errors, mixed in ranks.run(both, 2):
+def test_double_backward_and_mixed_operands_over_two_processes(processes):
+    for errors, mixed in processes(2).run(both, within=120):
         assert {where: error for where, error in errors.items() if not error <= shards.TOLERANCE} == {}
         assert "need to convert all torch.Tensor to DTensor" in mixed["message"]
         assert "target must be in [0, 1], got 1.54" in mixed["refused"]

@@ -153,7 +153,10 @@ def asks_library(tensor: Tensor) -> bool:
     kind = type(tensor)
     if kind in PLAIN_TYPES:
         return False
-    return is_distributed(kind) or (issubclass(kind, FakeTensor) and not make_fx_traces())
+    if is_distributed(kind):
+        return True
+    # Without torch.distributed there are no sharding rules, hence no operators.
+    return issubclass(kind, FakeTensor) and torch.distributed.is_available() and not make_fx_traces()
 
 
 def reaches_kernels(input: Tensor) -> bool:

@@ -7,7 +7,8 @@
 The families are sigmoid, unary (SiLU, log-sigmoid, QuickGELU), gated (of two tensors), gated_packed, interleaved and loss. Each
 operator has a fake implementation, a derivative, and a sharding rule: a DTensor runs it once on its shard, by a kernel where
 one can run. The public functions call them for DTensors and fake tensors only; eager calls on plain tensors and compiled code
-do not pay for them. `import torch_sigmoid.library` makes them known to torch, which the first such call does by itself.
+do not pay for them. `import torch_sigmoid.library` makes them known to torch, which the first such call does by itself. The
+operator of siglip_loss, for torch.compile, is in siglip_library.py.
 
 shards.py says where DTensors have to lie. The functions redistribute them before the call, and save them as they lie then, so
 that backward need not do it again.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from . import siglip_library as siglip_library
 from .autograd import (
     Operator,
     operator_backward,
