@@ -80,6 +80,14 @@ def test_a_double_backward_called_directly_has_a_derivative(operator):
     assert gradcheck(second_gradients, arguments[:n])
 
 
+def test_called_directly_a_weight_that_wants_a_gradient_is_refused():
+    operator = Loss(reduction="sum", dtype=torch.float64)
+    x, target, weight, _ = operands_of(operator)
+    value = library.OPERATORS["loss", 0](x, target, weight.requires_grad_(), None, *astuple(operator))
+    with pytest.raises(RuntimeError, match="target and weights need no gradient"):
+        value.backward()
+
+
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()

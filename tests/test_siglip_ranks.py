@@ -260,6 +260,8 @@ def disagree(case):
             options["chunk_size"] = 0
         elif case == "scale":
             scale = "7"
+        elif case == "overflow":
+            scale = 10**400
         elif case == "ids":
             options |= {"image_ids": torch.arange(4), "text_ids": torch.arange(4)}
         elif case == "no_grad":
@@ -279,6 +281,7 @@ DISAGREEMENTS = {
     "ids": ("ValueError", ["on rank 0, 2-3: ", "no ids", "on rank 1: ", "torch.bfloat16, ids"]),
     "no_grad": ("ValueError", ["gradients of image_features, text_features, logit_scale, logit_bias", "gradients of nothing"]),
     "chunk_size": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: ValueError: chunk_size must be at least 1, got 0"]),
+    "overflow": ("ValueError", ["on rank 0, 2-3: ", "on rank 1: OverflowError"]),
     "scale": ("TypeError", ["on rank 0, 2-3: ", "on rank 1: TypeError: logit_scale must be a torch.Tensor, got str"]),
 }
 

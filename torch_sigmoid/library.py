@@ -213,7 +213,7 @@ class Entry(NamedTuple):
             results = [()] if self.order == 0 and operator.reduction != "none" else results
         elif isinstance(operator, Gated):
             if len(operands) == 1:
-                kept_whole = (len(full) - 1 if operator.dim is None else operator.dim,)
+                kept_whole = ((-1 if operator.dim is None else operator.dim) % len(full),)
             elif operator.limit is None and not operator.offset and self.order < 2:
                 a = int(operator.gate_first)
                 linear.append(Linear(frozenset((self.order + a,)), frozenset((1 - a if self.order else 0,))))
@@ -245,6 +245,8 @@ def _define(entry: Entry) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         gradients: Sequence[Tensor | None]
+        if any(ctx.needs_input_grad[entry.n_before + entry.family.n_gradients : entry.n_tensors]):
+            raise RuntimeError(f"{qualified}: expected that target and weights need no gradient; the public functions give it")
         if entry.order == 0:
             operator, *_ = entry.split((*tensors, *ctx.constants))
             gradients = _gradients(operator, grads[0], tensors)
@@ -326,8 +328,10 @@ class Seen(Operator):
 def in_place(operator: Operator, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The operands, redistributed to where the operator runs on them; differentiable."""
     distributed = [each for each in operands if isinstance(each, DTensor)]
-    if not distributed or any(each is not None and not isinstance(each, DTensor) for each in operands):
+    if any(each is not None and not isinstance(each, DTensor) for each in operands):
         return operands
+    if any(each.device_mesh != distributed[0].device_mesh for each in distributed):
+        return operands  # torch says what is wrong
     entry = _ENTRIES[family_of(operator).name, 0]
     inputs, _ = entry.places((*operands, *astuple(operator)))  # type: ignore[call-overload]  # all of them are dataclasses
     moved = iter(

@@ -235,7 +235,8 @@ def binary_cross_entropy_with_logits(
             hold it. If all elements are ignored, a mean is NaN.
 
     Returns:
-        The loss, in the dtype that input and target promote to; at least fp32 under autocast.
+        The loss, in the dtype that input and target promote to; at least fp32 under autocast, and if it is a sum or a mean over
+        DTensors, which add up their shards' sums in that dtype.
 
     Saved for backward: the tensors as they were given (logits as fp64 if the target is), and how many targets were not ignored.
     Under transforms and forward mode, and where target or weights require a gradient (each of them may), autograd keeps what
@@ -348,13 +349,14 @@ def _loss(
         dtype = torch.float32
     operator = Loss(*options, dtype)
     operands = input, target, weight, pos_weight
-    if operator.reduction == "mean" and listener() < operator.formula_from and is_distributed(type(input)):
-        # A mean of the means of shards would be wrong where they are of different sizes.
-        wide = torch.promote_types(dtype, torch.float32)
-        total = record(replace(operator, reduction="sum", dtype=wide), *operands)
-        count = operator.count(target)
-        return (total / (input.numel() if count is None else count)).to(dtype)
-    return record(operator, *operands)
+    if operator.reduction == "none" or listener() >= operator.formula_from or not is_distributed(type(input)):
+        return record(operator, *operands)
+    # A Partial sum, which the ranks add up in its dtype. The mean of the shards' means would be wrong: their sizes differ.
+    total = record(replace(operator, reduction="sum", dtype=torch.promote_types(dtype, torch.float32)), *operands)
+    if operator.reduction == "sum":
+        return total
+    count = operator.count(target)
+    return total / (input.numel() if count is None else count)
 
 
 def autocasts(device_type: str) -> bool:

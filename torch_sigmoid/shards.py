@@ -53,21 +53,20 @@ def along(
 ) -> tuple[list[Placement], list[Placement]]:
     """Where tensors and results lie along one dimension of a mesh."""
     full = full_shape(shapes)
-    sharded = [index for index, placement in enumerate(present) if placement.is_shard()]
+    # Strided shards, which other types of placements are, count as none: they are gathered.
+    sharded = [index for index, placement in enumerate(present) if type(placement) is Shard]
     for tensors, partial_results in linear if not sharded else ():
         kind, *others = {present[index] for index in tensors}
-        if isinstance(kind, Partial) and kind.reduce_op in ("sum", "avg") and not others:
+        if type(kind) is Partial and kind.reduce_op in ("sum", "avg") and not others:
             of_tensors: list[Placement] = [kind if index in tensors else Replicate() for index in range(len(shapes))]
             return of_tensors, [kind if index in partial_results else Replicate() for index in range(len(results))]
     # Of tensors of one size the last, which is an operand, and not the gradient that reaches it.
     for index in sorted(sharded, key=lambda index: (prod(shapes[index]), index), reverse=True):
         placement = cast(Shard, present[index])
         dim = placement.dim % len(shapes[index]) + len(full) - len(shapes[index])
-        own_dims = [own_dim(dim, shape, full) for shape in (*shapes, *results)]
-        # The stride of a strided shard says nothing of a tensor with another number of dimensions.
-        moves = type(placement) is not Shard and any(own not in (None, placement.dim) for own in own_dims)
-        if dim not in kept_whole and own_dims[index] is not None and not moves:
-            cut = [None if own is None else placement if own == placement.dim else Shard(own) for own in own_dims]
+        if dim not in kept_whole and own_dim(dim, shapes[index], full) is not None:
+            own_dims = [own_dim(dim, shape, full) for shape in (*shapes, *results)]
+            cut = [None if own is None else Shard(own) for own in own_dims]
             inputs, outputs = cut[: len(shapes)], cut[len(shapes) :]
             return [each or Replicate() for each in inputs], [each or Partial() for each in outputs]
     return [Replicate() for _ in shapes], [Replicate() for _ in results]

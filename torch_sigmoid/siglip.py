@@ -150,25 +150,30 @@ def value_and_factors(
     to_image = image.new_zeros(image.shape, dtype=scale.dtype) if needs[0] else None
     # A rank may have no images, or no texts.
     sums = [scale.new_zeros((3 if any(needs) else 1, 1))]
+
+    def add_texts(rank: int, texts: Tensor, ids: Tensor) -> Tensor | None:
+        """Add what the texts of a rank contribute; returns their gradient. The block goes before the next one is made."""
+        block = Block(chunk_size, texts, scale, bias)
+        to_texts = texts.new_zeros(texts.shape, dtype=scale.dtype) if needs[1] else None
+        for index, (images, their_ids) in enumerate(of_chunks if len(texts) else ()):
+            first = (index * chunk_size if rank == ring.rank else texts.shape[0]) if by_position else None
+            if not any(needs):
+                sums.append(block.sums(images, their_ids, texts, ids, first))
+                continue
+            of_block, gradient = block.gradient(images, their_ids, texts, ids, first)
+            sums.append(of_block)
+            if to_image is not None:
+                _add_product(to_image[index * chunk_size :][:chunk_size], gradient, texts)
+            if to_texts is not None:
+                _add_product(to_texts, gradient.mT, images)
+        return to_texts
+
     with own_dtypes(image.device.type):
         texts_of_ranks = ring.round(text, text_ids)
         for rank, texts, ids in texts_of_ranks:
-            block = Block(chunk_size, texts, scale, bias)
-            to_texts = texts.new_zeros(texts.shape, dtype=scale.dtype) if needs[1] else None
-            for index, (images, their_ids) in enumerate(of_chunks if len(texts) else ()):
-                first = (index * chunk_size if rank == ring.rank else texts.shape[0]) if by_position else None
-                if not any(needs):
-                    sums.append(block.sums(images, their_ids, texts, ids, first))
-                    continue
-                of_block, gradient = block.gradient(images, their_ids, texts, ids, first)
-                sums.append(of_block)
-                if to_image is not None:
-                    _add_product(to_image[index * chunk_size :][:chunk_size], gradient, texts)
-                if to_texts is not None:
-                    _add_product(to_texts, gradient.mT, images)
+            to_texts = add_texts(rank, texts, ids)
             if to_texts is not None:
                 texts_of_ranks.give(to_texts)
-            del block
     totals = torch.cat(sums, 1).sum(1)
     ring.sum(totals if of_all else totals[:1])
     loss, *of_numbers = totals
@@ -184,18 +189,20 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
         total += one @ other
 
 
-def gradients_of(grad: Tensor, operands: Tensors, factors: Gradients) -> Gradients:
+def gradients_of(grad: Tensor, scale: Tensor, factors: Gradients, dtypes: Sequence[torch.dtype]) -> Gradients:
     """The gradients of features, scale and bias, in their dtypes, from that of the sum and the factors that forward left."""
-    _, _, scale, _ = operands
     of_similarity = grad * scale
     return tuple(
-        None if factor is None else (factor * (of_similarity if factor.dim() else grad)).to(operand.dtype)
-        for operand, factor in zip(operands, factors)
+        None if factor is None else (factor * (of_similarity if factor.dim() else grad)).to(dtype)
+        for factor, dtype in zip(factors, dtypes)
     )
 
 
 class SigLIPFunction(Function):
-    """The loss, differentiable in features, scale and bias. Saves these, and the factors of their gradients."""
+    """The loss, differentiable in features, scale and bias. Saves the factors of their gradients, and the scale.
+
+    In one process also what a second derivative needs: features, bias and ids.
+    """
 
     @staticmethod
     def forward(
@@ -214,19 +221,21 @@ class SigLIPFunction(Function):
         operands = image, text, scale, bias, image_ids, text_ids
         of_all = n_images is not None
         total, factors = value_and_factors(*operands, chunk_size, ring, ctx.needs_input_grad[:4], of_all=of_all)
-        ctx.save_for_backward(*operands, *factors)
+        ctx.save_for_backward(scale, *factors, *(() if ring.size > 1 else (image, text, bias, image_ids, text_ids)))
+        ctx.dtypes = [each.dtype for each in (image, text, scale, bias)]
         ctx.chunk_size, ctx.n_ranks, ctx.n_images = chunk_size, ring.size, n_images or image.shape[0]
         return (total / (n_images or image.shape[0] * ring.size)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        image, text, scale, bias, image_ids, text_ids, *factors = ctx.saved_tensors
+        scale, *factors = ctx.saved_tensors
         if listener() == NOBODY:
             grad = grad_output.to(scale.dtype) / ctx.n_images
-            gradients = gradients_of(grad, (image, text, scale, bias), tuple(factors))
+            gradients = gradients_of(grad, scale, tuple(factors[:4]), ctx.dtypes)
         elif ctx.n_ranks > 1:
             raise RuntimeError("siglip_loss(): with a process group there is no second derivative; got create_graph=True")
         else:
+            image, text, bias, image_ids, text_ids = factors[4:]
             gradients = gradients_formula(grad_output, image, text, scale, bias, image_ids, text_ids, ctx.chunk_size)
         return *gradients, None, None, None, None, None, None
 
@@ -395,10 +404,11 @@ def siglip_loss(
         The loss, a number of the features' dtype; at least fp32 under autocast, where features are cast as matmul casts them.
         With DTensors, a DTensor.
 
-    Saved for backward: the features, scale, bias and ids, and the features' gradients, up to a factor, in fp32 (fp64 for fp64).
-    Differentiable to any order; over several ranks once only, and in eager reverse mode only. torch.compile sees one operator
-    that never holds the matrix; with a group or DTensors it breaks the graph. torch.export, torch.func, forward mode, fake and
-    meta tensors and other subclasses get the formula in torch operators, which does hold it.
+    Saved for backward: the features' gradients, up to a factor, in fp32 (fp64 for fp64), and the scale; over one rank also the
+    features, bias and ids, for a second derivative. Differentiable to any order; over several ranks once only, and in eager
+    reverse mode only. torch.compile sees one operator that never holds the matrix; with a group or DTensors it breaks the
+    graph. torch.export, torch.func, forward mode, fake and meta tensors and other subclasses get the formula in torch
+    operators, which does hold it.
 
     Raises:
         TypeError: an argument is of the wrong type, one of the ids is given without the other, or some of features and ids are
@@ -453,7 +463,7 @@ def agreed_operands(
         if not _computes_in_blocks(operands):
             expected = "over several ranks expected plain tensors in eager reverse mode"
             raise RuntimeError(f"siglip_loss(): {expected}, got a tracer, a transform or a tensor subclass")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         agree(ring.group, "", error)
         raise
     image, text, scale, bias, ids, _ = operands

@@ -53,18 +53,18 @@ def _results(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *operands, _, _, _, ctx.needs = inputs
+    ctx.dtypes, scale, ctx.needs = [each.dtype for each in inputs[:4]], inputs[2], inputs[-1]
     _, *factors = output
     ctx.mark_non_differentiable(*factors)
-    ctx.save_for_backward(*operands, *factors)
+    ctx.save_for_backward(scale, *factors)
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         raise RuntimeError("torch_sigmoid::siglip has no second derivative; got create_graph=True")
-    operands, factors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    scale, *factors = ctx.saved_tensors
     needed = tuple(factor if needed else None for factor, needed in zip(factors, ctx.needs))
-    return *gradients_of(grad_output, operands, needed), None, None, None, None
+    return *gradients_of(grad_output, scale, needed, ctx.dtypes), None, None, None, None
 
 
 siglip.register_autograd(_backward, setup_context=_save)
