@@ -19,10 +19,11 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path):
     assert set(results["largest_loss_difference"]) == {"breast cancer", "digits"}
     assert set(results["imbalanced"]["focal"]) == {"torch operators", "torch_sigmoid"}
     names = [retrieval.PLAIN, retrieval.ONE_PROCESS] + [retrieval.TWO_PROCESSES] * (retrieval.no_ranks() is None)
-    assert {name: len(run["losses"]) for name, run in results["retrieval"].items()} == dict.fromkeys(names, 4)
+    steps = train.INTERPRETED_STEPS
+    assert {name: len(run["losses"]) for name, run in results["retrieval"].items()} == dict.fromkeys(names, steps)
     # None of these curves is that of another seed.
     runs = {name: retrieval.Run(**run) for name, run in results["retrieval"].items()}
-    runs[retrieval.PLAIN] = retrieval.train(retrieval.siglip_loss, torch.device("cpu"), 4, 1, "another seed")
+    runs[retrieval.PLAIN] = retrieval.train(retrieval.siglip_loss, torch.device("cpu"), steps, 1, "another seed")
     found = retrieval.failures(runs, trained=False)
     assert [failure.partition(": the loss curve")[0] for failure in found] == [f"paired views, {name}" for name in names[1:]]
 
