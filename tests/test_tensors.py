@@ -121,7 +121,8 @@ def test_dtensor_forward_and_backward(placement, mesh, device, save):
     if save == "input":
         assert ulp_error(x.grad.full_tensor(), derivative(local.cpu())).max() <= 1
     else:
-        torch.testing.assert_close(x.grad.full_tensor(), gradient(torch.sigmoid, local), rtol=8e-3, atol=0)
+        # From the same σ: where Triton interprets the kernel, it truncates σ to bf16.
+        torch.testing.assert_close(x.grad.full_tensor(), gradient(torch_sigmoid.sigmoid, local), rtol=8e-3, atol=0)
 
 
 def test_parameters_and_buffers_take_the_kernels_path(device):
