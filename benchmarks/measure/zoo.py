@@ -144,17 +144,21 @@ DETECTOR = {
 PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
 
 
+# So many that the matrix of all pairs counts beside the features.
+PAIRS = 64
+
+
 def of_pairs(model: nn.Module) -> Tensor:
     """The contrastive loss of images and texts."""
-    return model(input_ids=tokens((4, 16)), pixel_values=images(), return_loss=True).loss
+    return model(input_ids=tokens((PAIRS, 16)), pixel_values=images(PAIRS), return_loss=True).loss
 
 
 def of_patches(model: nn.Module) -> Tensor:
     """The same, of images that come as 16 patches of 8 × 8 pixels."""
-    patches, shapes = torch.randn(4, 16, 3 * 8 * 8), torch.tensor([[4, 4]] * 4)
-    mask = torch.ones(4, 16, dtype=torch.int64)
+    patches, shapes = torch.randn(PAIRS, 16, 3 * 8 * 8), torch.tensor([[4, 4]] * PAIRS)
+    mask = torch.ones(PAIRS, 16, dtype=torch.int64)
     inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    return model(input_ids=tokens((4, 16)), **inputs, return_loss=True).loss
+    return model(input_ids=tokens((PAIRS, 16)), **inputs, return_loss=True).loss
 
 
 def of_relative_boxes(model: nn.Module) -> Tensor:
