@@ -326,12 +326,15 @@ class Seen(Operator):
 
 
 def in_place(operator: Operator, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The operands, redistributed to where the operator runs on them; differentiable."""
+    """The operands, redistributed to where the operator runs on them; differentiable.
+
+    Plain tensors among DTensors, and DTensors of several meshes, stay as they are: the operator then raises torch's error.
+    """
     distributed = [each for each in operands if isinstance(each, DTensor)]
     if any(each is not None and not isinstance(each, DTensor) for each in operands):
         return operands
     if any(each.device_mesh != distributed[0].device_mesh for each in distributed):
-        return operands  # torch says what is wrong
+        return operands
     entry = _ENTRIES[family_of(operator).name, 0]
     inputs, _ = entry.places((*operands, *astuple(operator)))  # type: ignore[call-overload]  # all of them are dataclasses
     moved = iter(
