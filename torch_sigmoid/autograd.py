@@ -35,11 +35,15 @@ from .dispatch import (
     Save,
     Tensors,
     asks_library,
+    compiles_reverse_mode,
+    exports,
     launchable,
     listener,
     threshold_allows_kernel,
+    wants_gradient,
 )
 from .formulas import curvature_from_output, sigmoid_grad_from_input, sigmoid_grad_from_output, upcast
+from .formulas import sigmoid as sigmoid_formula
 from .internals import apply_of, is_legacy_batched, nested_jvp, unwrap_if_dead
 
 
@@ -274,6 +278,37 @@ class _EagerSigmoidFromInput(Function):
         return None if grad_output is None else sigmoid_backward(grad_output, ctx.saved_tensors[0], "input")
 
 
+class _CompiledSigmoidFromInput(Function):
+    """SigmoidFunction with save="input" for torch.compile."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, input: Tensor) -> Tensor: ...
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return torch.sigmoid(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        with torch.enable_grad():  # torch.compile turns it off, for its backend "eager" too
+            return sigmoid_gradient_formula(grad_output, ctx.saved_tensors[0], "input")
+
+
+def traced_sigmoid(input: Tensor, save: Save) -> Tensor:
+    """σ(input) for a tracer, in torch's operators.
+
+    From the output, Inductor computes torch's own gradient as we do: in fp32, rounded once.
+    """
+    if save == "output" or exports():
+        return torch.sigmoid(input)
+    if not compiles_reverse_mode():
+        return sigmoid_formula(input)
+    return _CompiledSigmoidFromInput.apply(input) if wants_gradient(input) else torch.sigmoid(input)
+
+
 _apply_eagerly: dict[Save, Callable[..., Tensor]] = {
     "output": apply_of(_EagerSigmoidFromOutput),
     "input": apply_of(_EagerSigmoidFromInput),
@@ -318,6 +353,8 @@ class Operator:
         backward(grad_output, *tensors)                    the gradients
         double_backward(grads, grad_output, *tensors)      for what reaches these: what reaches grad_output and the operands
         formula, backward_formula, double_backward_formula, jvp_formula    likewise, in torch operators
+        value_formula(*tensors)                            as `forward`, in torch operators, whose derivatives nobody asks for
+        plain(*tensors)                                    the value as a user of torch would write it
         batched()                                          the operator on tensors with one more dimension in front
     """
 
@@ -331,6 +368,8 @@ class Operator:
     backward_formula: Callable[..., Tensors]
     double_backward_formula: Callable[..., Tensors]
     jvp_formula: Callable[..., Tensor]
+    value_formula: Callable[..., Value]
+    plain: Callable[..., Tensor]
     batched: Callable[[], "Operator"]
 
 
@@ -468,9 +507,45 @@ def recordable(tensor: Tensor | None) -> Tensor | None:
     return unwrap_if_dead(tensor)
 
 
+class _CompiledOperatorFunction(Function):
+    """operator(*tensors) for torch.compile: its graph holds the gradient's formula, not what autograd makes of the value's."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, operator: Operator, *tensors: Tensor | None) -> Tensor: ...
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *tensors: Tensor | None) -> Tensor:
+        output, *others = operator.value_formula(*tensors)
+        ctx.operator = operator
+        ctx.save_for_backward(*tensors, *others)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        with torch.enable_grad():  # as above
+            return _padded(ctx.operator.backward_formula(grad_output, *ctx.saved_tensors), ctx)
+
+
+def _traced(operator: Operator, *tensors: Tensor | None) -> Tensor:
+    """operator(*tensors) for a tracer, in torch's operators."""
+    if exports():
+        return operator.plain(*tensors)
+    if not compiles_reverse_mode():
+        return operator.formula(*tensors)
+    if not wants_gradient(*tensors):
+        return operator.plain(*tensors)
+    if wants_gradient(*tensors[operator.n_differentiable or len(tensors) :]):
+        return operator.formula(*tensors)
+    return _CompiledOperatorFunction.apply(operator, *tensors)
+
+
 def record(operator: Operator, *tensors: Tensor | None) -> Tensor:
     """operator(*tensors), recorded for whoever listens. A tracer sees torch operators only, so it gets the formula."""
     listening = listener()
+    if listening == TRACER:
+        return _traced(operator, *tensors)
     n = operator.n_differentiable
     if listening >= operator.formula_from or (
         # Only the formula has the derivatives of the other operands.

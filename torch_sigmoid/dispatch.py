@@ -114,6 +114,21 @@ def listener() -> int:
     return REVERSE_MODE if _is_grad_enabled() else NOBODY
 
 
+def exports() -> bool:
+    """Whether torch.export or torch.onnx traces: what they record is run, not trained."""
+    return torch.compiler.is_exporting() if _is_compiling() else is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def compiles_reverse_mode() -> bool:
+    """Whether torch.compile traces a call that no transform and no forward mode surrounds."""
+    return _is_compiling() and not transforms_active() and not in_forward_mode()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether reverse mode would record a call of these tensors."""
+    return _is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 @cache
 def kernels_refusal(device: torch.device) -> str | None:
     """Why the kernels do not run on `device`; None where they do."""

@@ -7,7 +7,6 @@ Arithmetic is fp32 or fp64: the callers upcast.
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,14 +19,15 @@ _sigmoid_backward_into: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.
 
 # As in maths.py: an infinite x would make 0·∞ of a limit, and e^-|x| is subnormal where a product with it is not.
 FAR = 1000.0
-SHIFTS = {torch.float32: (75.875, -81.0), torch.float64: (690.0, -700.0)}
+SHIFTS = {torch.float32: (75.875, 81.0), torch.float64: (690.0, 700.0)}
 # e^NEAR and its reciprocal are normal numbers.
 NEAR = {torch.float32: 80.0, torch.float64: 700.0}
 # 8 bits of γ times a step of 1/64 of log u is exact in fp32, and what is left of either is small.
 GAMMA_BITS, LOG_STEPS = 8, 64.0
 # Nearer than this torch's fused operators lose nothing.
 FUSED_WITHIN = 64.0
-_Number = TypeVar("_Number", Tensor, float)
+# The upper half of a number: how many bits, and the integer that masks it out of those of its memory.
+HALVES = {torch.float32: (12, torch.int32, -(1 << 12)), torch.float64: (26, torch.int64, -(1 << 27))}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def smaller_sigmoid(x: Tensor) -> Tensor:
-    """σ(-|x|); `where` in place of `abs` keeps derivatives of every order right at x = 0."""
-    return torch.sigmoid(torch.where(x < 0, x, -x))
+    """σ(-|x|)."""
+    return torch.sigmoid(-_abs(x))
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -77,36 +77,61 @@ def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
     rounded = alpha * x
     # An infinite product has lost nothing.
     x = x.detach().clamp(-FAR / alpha, FAR / alpha)
-    if x.dtype is torch.float32:
-        return rounded, (alpha * x.double() - (alpha * x).double()).float()
-    # Dekker's exact product: of halves, whose products are exact.
-    (x_high, x_low), (alpha_high, alpha_low) = _halves(x), _halves(alpha)
-    return rounded, x_high * alpha_high - alpha * x + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
+    # Dekker's exact product: of halves, whose products are exact. What x's dtype has not of alpha comes after it.
+    bits, *_ = HALVES[x.dtype]
+    own = rounded_to(24, alpha) if x.dtype is torch.float32 else alpha
+    alpha_high = rounded_to(bits, own)
+    alpha_low = own - alpha_high
+    x_high, x_low = _halves(x)
+    lost = x_high * alpha_high - alpha * x + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
+    return rounded, lost if own == alpha else lost + (alpha - own) * x
 
 
-def _halves(x: _Number) -> tuple[_Number, _Number]:
-    """x as a sum of two numbers of 26 bits each."""
-    shifted = x * (2.0**27 + 1)
-    high = shifted - (shifted - x)
+def rounded_to(bits: int, number: float) -> float:
+    fraction, exponent = math.frexp(number)
+    return math.ldexp(round(fraction * 2**bits), exponent - bits)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers of half as many bits each, cut by its bits: a compiler may fuse what would round the rest off."""
+    _, integer, mask = HALVES[x.dtype]
+    high = (x.view(integer) & mask).view(x.dtype)
     return high, x - high
 
 
-def exp_minus_abs(x: Tensor, lost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _abs(x: Tensor) -> Tensor:
+    """|x|, by `where`, which keeps derivatives of every order right at x = 0."""
+    return torch.where(x < 0, -x, x)
+
+
+def exp_minus_abs(x: Tensor, lost: Tensor | None = None, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """e^-|x + lost| as e·scale: neither is a subnormal number, and a product with e keeps its digits.
 
-    `lost` is None, or so small that e^lost is 1 + lost.
+    `lost` is None, or so small that e^lost is 1 + lost. Where `apart` is false, scale is 1, and e what it may be.
     """
+    distance = _abs(x)
     shift, start = SHIFTS[x.dtype]
-    power = torch.where(x < 0, x, -x)
-    far = power < start
+    far = distance > start if apart is None else (distance > start) & apart
+    e = torch.exp(torch.where(far, shift, 0.0) - distance)
     # Of two numbers `where` would make a tensor of the default dtype, in which e^-690 is 0.
-    e, scale = torch.exp(power + torch.where(far, shift, 0.0)), torch.where(far, math.exp(-shift), torch.ones_like(power))
+    scale = torch.where(far, math.exp(-shift), x.new_ones(()))
     return e if lost is None else e + e * torch.where(x < 0, lost, -lost), scale
 
 
 def one_minus(x: Tensor) -> Tensor:
     """1 - e^-|x|."""
-    return -torch.expm1(torch.where(x < 0, x, -x))
+    return -torch.expm1(-_abs(x))
+
+
+def value(x: Tensor, function: str, alpha: float = 1.0) -> Tensor:
+    """f(x) for `weighted`'s f, where its derivatives are computed apart: torch's own operators, but that silu(-∞) is no NaN.
+
+    As in torch, e^x that fp32 has as a subnormal number only is 0 in σ(x).
+    """
+    if function == "logsigmoid":
+        return F.logsigmoid(x)
+    sigma = torch.sigmoid(x if alpha == 1 else alpha * x)
+    return sigma if function == "sigmoid" else x.clamp(min=-FAR / alpha) * sigma
 
 
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
@@ -116,42 +141,40 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: flo
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    gate, lost = _gate(alpha, x)
     if order < 2 and x.device.type == "cpu" and computes_eagerly(x):
-        return _weighted_by_fused(v, x, gate, lost, function, order, alpha)
-    return _weighted(v, x, gate, lost, function, order, alpha)
+        return _weighted_by_fused(v, x, *_gate(alpha, x), function, order, alpha)
+    return _weighted(v, x, function, order, alpha)
 
 
 def _gate(alpha: float, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return (x, None) if alpha == 1 else product(alpha, x)
 
 
-def _weighted(
-    v: Tensor | float, x: Tensor, gate: Tensor, lost: Tensor | None, function: str, order: int, alpha: float
-) -> Tensor:
+def _weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float) -> Tensor:
+    gate, lost = _gate(alpha, x)
     below = gate < 0
     e, scale = exp_minus_abs(gate, lost)
     tail = e * scale
     if function == "logsigmoid":
         return v * (torch.where(below, x, 0.0) - torch.log1p(tail))
     one_plus = 1 + tail
+    if order == 0 and function == "sigmoid":
+        return v * (torch.where(below, e, 1.0) / one_plus) * torch.where(below, scale, 1.0)
     if order == 0:
-        scale = torch.where(below, scale, 1.0)
-        if function == "sigmoid":
-            return v * (torch.where(below, e, 1.0) / one_plus) * scale
         # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
         near = x.clamp(-FAR / alpha, FAR / alpha)
-        return v * torch.where(below, near * e / one_plus, x - near * tail / one_plus) * scale
-    near = gate.clamp(-FAR, FAR)
+        return v * torch.where(below, near * e / one_plus, x - near * tail / one_plus) * torch.where(below, scale, 1.0)
+    # (1 + e)² would be rounded thrice.
+    square = 1 + tail * (2 + tail)
+    # After a quotient v overflows only where the result does; before `scale`, it is subnormal only where the result is.
     if function == "sigmoid":
-        factor = e if order == 1 else torch.where(below, e, -e) * one_minus(gate)
-    elif order == 1:
-        factor = torch.where(below, e * (one_plus + near), 1 + tail * (1 + near))
-        scale = torch.where(below, scale, 1.0)
-    else:
-        factor = alpha * e * (2 * one_plus - torch.where(below, -near, near) * (1 - tail))
-    # After the quotient v overflows only where the result does; before `scale`, it is subnormal only where the result is.
-    return v * (factor / one_plus ** (order + 1)) * scale
+        return v * (e / square if order == 1 else torch.where(below, e, -e) * one_minus(gate) / (square * one_plus)) * scale
+    distance = _abs(gate).clamp(max=FAR)
+    if order == 1:
+        # v·silu'(-|x|), of which v·silu'(|x|) is what v lacks.
+        result = v * (e * (one_plus - distance) / square) * scale
+        return torch.where(below, result, v - result)
+    return v * (alpha * e * (2 * one_plus - distance * (1 - tail)) / (square * one_plus)) * scale
 
 
 def _weighted_by_fused(
@@ -176,7 +199,7 @@ def _weighted_by_fused(
     far = gate < -FUSED_WITHIN
     if function == "sigmoid" and order:
         far |= gate > FUSED_WITHIN
-    return _exactly_where(far, result, lambda v, x: _weighted(v, x, *_gate(alpha, x), function, order, alpha), v, x)
+    return _exactly_where(far, result, lambda v, x: _weighted(v, x, function, order, alpha), v, x)
 
 
 def _exactly_where(far: Tensor, result: Tensor, exactly: Callable[..., Tensor], *operands: Tensor | float) -> Tensor:
@@ -190,8 +213,7 @@ def _exactly_where(far: Tensor, result: Tensor, exactly: Callable[..., Tensor], 
 def exp_of_product(gamma: float, first: Tensor, second: Tensor) -> Tensor:
     """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
     steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
-    fraction, exponent = math.frexp(gamma)
-    large = math.ldexp(round(fraction * 2**GAMMA_BITS), exponent - GAMMA_BITS)
+    large = rounded_to(GAMMA_BITS, gamma)
     product, rest = large * steps, (gamma - large) * steps + gamma * (first - steps + second)
     power = product + rest
     value = torch.exp(power)
@@ -227,32 +249,38 @@ def _weighted_loss(
     distance = torch.where(above, x, -x)
     near = distance.clamp(max=FAR)
     wrong, right = torch.where(above, negative, positive), torch.where(above, positive, negative)
-    e, scale = exp_minus_abs(x)
-    tail = e * scale
-    one_plus = 1 + tail
     clear = wrong == 0
+    if order == 0:
+        e = tail = torch.exp(-distance)
+    else:
+        # As in maths.py: where the whole has a factor e^-y, its `last` part is multiplied after v.
+        e, scale = exp_minus_abs(x, apart=clear if order == 1 else None)
+        tail = e * scale
+    one_plus = 1 + tail
     if order == 0 or gamma:
         log_one = torch.log1p(tail)
     if gamma:
         # Each branch of a `where` is differentiated, so each is finite where the other is taken.
         mixture = torch.where(clear, 1.0, wrong + right * tail)
-        log_clear = -near
+        if gamma in (1, 2, 3, 4):
+            focus = ((wrong + right * tail) / one_plus) ** gamma
+        else:
+            log_clear = -near
+            if targets_vary:
+                inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
+                log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
+            focus = exp_of_product(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
         if targets_vary:
-            inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
-            log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
-        focus = exp_of_product(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
-        if order == 0:
             # Where the loss is infinite it is a line: with ∞·0 for the rest of its derivative there would be none.
             focus = torch.where(distance.isinf(), focus.detach(), focus)
         v = v * focus
     if order == 0:
         # A loss that does not count is 0 at an infinite logit too.
-        distance = torch.where(distance.isinf() & (clear | (v == 0)), near, distance)
+        nothing = clear | (v == 0) if isinstance(v, Tensor) else clear
+        distance = torch.where(nothing & distance.isinf() if targets_vary else nothing, near, distance)
         return v * (wrong * (distance + log_one) + right * log_one)
-    # As in maths.py: where the whole has a factor e^-y, its `last` part is multiplied after v.
-    last = torch.where(clear, scale, 1.0)
     if order == 1 or gamma:
-        slope = result = v * torch.where(clear, -right * e, wrong - right * tail) / one_plus
+        slope = result = v * (wrong - right * (e if order == 1 else torch.where(clear, e, tail))) / one_plus
     if order == 2:
         result = v * (wrong + right) * e / one_plus**2
     if gamma:
@@ -264,7 +292,7 @@ def _weighted_loss(
         else:
             bend = (gamma - 1) * q * torch.where(clear, 1.0, scale) - (1 - tail) / one_plus
             result = result + gamma * q * (2 * slope + loss * bend)
-    return torch.where(above, result, -result) * last if order == 1 else result * scale
+    return torch.where(above, result, -result) * scale if order == 1 else result * scale
 
 
 def _loss_by_fused(v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import kernels
 from .autograd import Operator, record
@@ -29,7 +30,7 @@ from .checks import (
     promoted,
 )
 from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
-from .formulas import upcast, weighted
+from .formulas import upcast, value, weighted
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Unary(Operator):
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self.formula(x.unsqueeze(0)).squeeze(0)
         return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
+
+    def value_formula(self, x: Tensor) -> tuple[Tensor]:
+        return (value(upcast(x), self.function, self.alpha).to(x.dtype),)
+
+    def plain(self, x: Tensor) -> Tensor:
+        if self.function == "logsigmoid":
+            return F.logsigmoid(x)
+        return F.silu(x) if self.alpha == 1 else x * torch.sigmoid(self.alpha * x)
 
     def backward_formula(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
         return (weighted(upcast(grad_output), upcast(x), self.function, 1, self.alpha).to(grad_output.dtype),)
@@ -149,12 +158,14 @@ class Gated(Operator):
             a = torch.where(a > self.limit, self.limit, torch.where(a < -self.limit, -self.limit, a))
         return a + self.offset if self.offset else a
 
+    def _gate(self, g: Tensor) -> Tensor:
+        return g if self.limit is None else torch.where(g > self.limit, self.limit, g)
+
     def _past_clamp(self, grad: Tensor, a: Tensor) -> Tensor:
         return grad if self.limit is None else torch.where(a.abs() > self.limit, 0.0, grad)
 
     def _weighted(self, v: Tensor | float, g: Tensor, order: int) -> Tensor:
-        gate = g if self.limit is None else torch.where(g > self.limit, self.limit, g)
-        result = weighted(v, gate, self.function, order, self.alpha)
+        result = weighted(v, self._gate(g), self.function, order, self.alpha)
         return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
 
     def formula(self, *tensors: Tensor) -> Tensor:
@@ -162,6 +173,22 @@ class Gated(Operator):
             return self.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
         a, g = map(upcast, self.parts(tensors))
         return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
+
+    def value_formula(self, *tensors: Tensor) -> tuple[Tensor]:
+        a, g = map(upcast, self.parts(tensors))
+        return ((self._operand(a) * value(self._gate(g), self.function, self.alpha)).to(tensors[0].dtype),)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        if self.function == "sigmoid" and self.dim is not None:
+            return F.glu(tensors[0], self.dim)
+        a, g = self.parts(tensors)
+        if self.limit is not None:
+            a, g = a.clamp(-self.limit, self.limit), g.clamp(max=self.limit)
+        if self.offset:
+            a = a + self.offset
+        if self.function == "sigmoid":
+            return a * torch.sigmoid(g)
+        return (F.silu(g) if self.alpha == 1 else g * torch.sigmoid(self.alpha * g)) * a
 
     def _reduced(self, to_a: Tensor, to_g: Tensor, tensors: Tensors) -> Tensors:
         """The gradients of the tensors from those of a and g, summed up along broadcast dimensions."""
@@ -248,7 +275,7 @@ def logsigmoid(input: Tensor) -> Tensor:
     """
     check_tensors("logsigmoid", input=input)
     check_floats("logsigmoid", input=input)
-    return record(_LOGSIGMOID, input) if is_ours(input) else torch.nn.functional.logsigmoid(input)
+    return record(_LOGSIGMOID, input) if is_ours(input) else F.logsigmoid(input)
 
 
 @overridable
@@ -275,7 +302,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     check_tensors("silu", input=input)
     check_floats("silu", input=input)
     if not is_ours(input):
-        return torch.nn.functional.silu(input, inplace)
+        return F.silu(input, inplace)
     if not inplace:
         return record(_SILU, input)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
@@ -336,7 +363,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     check_tensors("glu", input=input)
     check_floats("glu", input=input)
     if not is_ours(input):
-        return torch.nn.functional.glu(input, dim)
+        return F.glu(input, dim)
     return record(Gated("sigmoid", halved_dim("glu", input, dim)), input)
 
 
@@ -487,4 +514,4 @@ def _swiglu_in_torch(caller: str, gate: Tensor, up: Tensor, operator: Gated) -> 
     if operator.constants != Gated("silu").constants:
         found = f"{described(gate)} and {described(up)}"
         raise TypeError(f"{caller}(): alpha, limit and up_offset need {DENSE_FLOATS} tensors, got {found}")
-    return torch.nn.functional.silu(gate) * up
+    return F.silu(gate) * up

@@ -123,6 +123,14 @@ class Loss(Operator):
     def formula(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
         return self._value(x, target, weight, pos_weight, targets_vary=True)
 
+    def value_formula(
+        self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._value(x, target, weight, pos_weight, targets_vary=False), self.count(target)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        return self.value_formula(*tensors)[0]
+
     def backward_formula(
         self,
         grad_output: Tensor,

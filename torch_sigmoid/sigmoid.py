@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import formulas
-from .autograd import SigmoidInplaceFunction, record_sigmoid
+from .autograd import SigmoidInplaceFunction, record_sigmoid, traced_sigmoid
 from .checks import SAVE_MODES, check_save, check_tensors
 from .dispatch import (
     REVERSE_MODE,
@@ -75,8 +74,7 @@ def sigmoid(input: Tensor, *, save: Save = "output", out: Tensor | None = None) 
         return torch.sigmoid(input)
     listening = listener()
     if listening == TRACER:
-        # From the output, Inductor computes torch's own gradient as we do: in fp32, rounded once.
-        return formulas.sigmoid(input) if save == "input" else torch.sigmoid(input)
+        return traced_sigmoid(input, save)
     if save == "input" or reaches_kernels(input) or not _torch_gradient_suffices(input):
         return record_sigmoid(input, save, listening)
     return torch.sigmoid(input)
