@@ -93,7 +93,7 @@ def rounded_to(bits: int, number: float) -> float:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as a sum of two numbers of half as many bits each, cut by its bits: a compiler may fuse what would round the rest off."""
+    """x as a sum of two numbers of half as many bits, cut by its bits: a compiler may fuse arithmetic that would round it."""
     _, integer, mask = HALVES[x.dtype]
     high = (x.view(integer) & mask).view(x.dtype)
     return high, x - high
