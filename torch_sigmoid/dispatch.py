@@ -23,6 +23,7 @@ from .internals import (
     functionalizes,
     has_plain_keys,
     in_forward_mode,
+    is_exporting,
     is_tracing,
     make_fx_traces,
     modes_listen,
@@ -116,7 +117,7 @@ def listener() -> int:
 
 def exports() -> bool:
     """Whether torch.export or torch.onnx traces: what they record is run, not trained."""
-    return torch.compiler.is_exporting() if _is_compiling() else is_tracing() and torch.onnx.is_in_onnx_export()
+    return is_exporting() if _is_compiling() else is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def compiles_reverse_mode() -> bool:

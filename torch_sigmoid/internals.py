@@ -20,6 +20,12 @@ _Result = TypeVar("_Result")
 # Asked at every call. The public torch.jit.is_tracing asks for scripting first, at three times the cost.
 is_tracing: Callable[[], bool] = _C._is_tracing
 
+
+def is_exporting() -> bool:
+    """Whether torch.export traces. Inside torch.compile, torch 2.11 takes its public function of this name for true."""
+    return torch.compiler._is_exporting_flag
+
+
 # torch.func says to nobody that one of its transforms is around a call, nor which.
 transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active
 _TRANSFORM = _C._functorch.TransformType
