@@ -149,6 +149,7 @@ def size_around(function, x):
 
 ONLY_IN_TORCH = {
     "smaller_sigmoid": "σ(-|x|): a kernel has e^-|x| at hand",
+    "rounded": "a kernel rounds as it stores",
     "value": "a kernel takes `weighted` of order 0",
     "sigmoid_grad_from_input": "a kernel takes `weighted` of order 1",
 }

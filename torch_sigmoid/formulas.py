@@ -35,6 +35,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, for the value of a compiled Function. If `to` gives back its own tensor, torch 2.11 loses the gradient."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def smaller_sigmoid(x: Tensor) -> Tensor:
     """σ(-|x|)."""
     return torch.sigmoid(-_abs(x))

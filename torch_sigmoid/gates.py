@@ -30,7 +30,7 @@ from .checks import (
     promoted,
 )
 from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
-from .formulas import upcast, value, weighted
+from .formulas import rounded, upcast, value, weighted
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Unary(Operator):
         return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
 
     def value_formula(self, x: Tensor) -> tuple[Tensor]:
-        return (value(upcast(x), self.function, self.alpha).to(x.dtype),)
+        return (rounded(value(upcast(x), self.function, self.alpha), x.dtype),)
 
     def plain(self, x: Tensor) -> Tensor:
         if self.function == "logsigmoid":
@@ -176,7 +176,7 @@ class Gated(Operator):
 
     def value_formula(self, *tensors: Tensor) -> tuple[Tensor]:
         a, g = map(upcast, self.parts(tensors))
-        return ((self._operand(a) * value(self._gate(g), self.function, self.alpha)).to(tensors[0].dtype),)
+        return (rounded(self._operand(a) * value(self._gate(g), self.function, self.alpha), tensors[0].dtype),)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         if self.function == "sigmoid" and self.dim is not None:

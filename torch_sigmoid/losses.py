@@ -30,7 +30,7 @@ from .checks import (
     weight_for,
 )
 from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
-from .formulas import upcast, weighted_loss
+from .formulas import rounded, upcast, weighted_loss
 from .internals import legacy_reduction
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Loss(Operator):
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self._value(x.unsqueeze(0), target, weight, pos_weight, targets_vary).reshape(())
         elements = self.elements(0, 1.0, upcast(x), target, weight, pos_weight, targets_vary)
-        return self.reduced(elements, self.count(target)).to(self.dtype)
+        return rounded(self.reduced(elements, self.count(target)), self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
         """The gradient that reaches each element."""
@@ -368,7 +368,8 @@ def _loss(
 
 
 def autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch.amp.is_autocast_available would break the graph of torch.compile in torch 2.11.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def own_dtypes(device_type: str) -> contextlib.AbstractContextManager[object]:
