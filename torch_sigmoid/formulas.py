@@ -79,17 +79,17 @@ def curvature_from_output(sigma: Tensor) -> Tensor:
 
 def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
     """alpha·x, and what its rounding has lost: up to |alpha·x| ulp of e^(alpha·x)."""
+    # An infinite product would have lost NaN.
+    x = x.clamp(-FAR / alpha, FAR / alpha)
     rounded = alpha * x
-    # An infinite product has lost nothing.
-    x = x.detach().clamp(-FAR / alpha, FAR / alpha)
     # Dekker's exact product: of halves, whose products are exact. What x's dtype has not of alpha comes after it.
     bits, *_ = HALVES[x.dtype]
     own = rounded_to(24, alpha) if x.dtype is torch.float32 else alpha
     alpha_high = rounded_to(bits, own)
     alpha_low = own - alpha_high
-    x_high, x_low = _halves(x)
-    lost = x_high * alpha_high - alpha * x + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
-    return rounded, lost if own == alpha else lost + (alpha - own) * x
+    x_high, x_low = _halves(x.detach())
+    lost = x_high * alpha_high - rounded.detach() + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
+    return rounded, lost if own == alpha else lost + (alpha - own) * x.detach()
 
 
 def rounded_to(bits: int, number: float) -> float:
