@@ -35,7 +35,8 @@ def keep(kernel, device, compiled, programs, arguments, n_inputs):
         # The same without its check for initialisation, which a tensor on the device has answered.
         current_device = torch._C._cuda_getDevice
     run = compiled.run
-    entered, left = type(knobs.runtime).launch_enter_hook, type(knobs.runtime).launch_exit_hook
+    # Where the class has no such chains of hooks, the object does, and is asked for them.
+    entered, left = (getattr(type(knobs.runtime), f"launch_{when}_hook", None) for when in ("enter", "exit"))
     fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
     flat = _only_appends(run)
     if flat:
@@ -45,10 +46,9 @@ def keep(kernel, device, compiled, programs, arguments, n_inputs):
         run = run.launch
 
     def launch(pointers) -> bool:
-        # `_active` is what `active` is where one is set, at a fifth of the cost.
-        if current_device() != device or driver._active is not compiled_for:
+        if current_device() != device or driver.active is not compiled_for:
             return False
-        # All knobs are as they were, hence off, if there are none of this object's own; this costs half of asking for each.
+        # Whoever sets a knob gives this object an attribute of its own; to ask for any costs half of asking for each.
         if (vars(knobs.runtime) or entered.calls or left.calls or kernel.pre_run_hooks) and _watched(kernel):
             return False
         if flat:

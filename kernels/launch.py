@@ -166,7 +166,7 @@ class Launcher:
     inputs'.
 
     A caller may recognise two inputs by other means, and pass as `known` an object that stands for all that have their device,
-    shape, strides and dtypes, and their addresses. Nothing else is asked of them then, which halves the cost of a launch.
+    shape, strides and dtypes, and their addresses. Nothing else is asked of them then.
     """
 
     def __init__(self, kernel, *constants, arrange=element_by_element, layouts_follow=True):

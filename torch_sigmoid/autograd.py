@@ -315,7 +315,7 @@ def record_known(input: Tensor, save: Save) -> Tensor | None:
                 break
         else:
             return None
-    except (AttributeError, KeyError, TypeError):  # what is not a tensor, or not a `save`
+    except (AttributeError, KeyError, TypeError):  # what is not a tensor, is not a `save`, or cannot be one
         return None
     if is_alike is not likenesses[0]:
         promote(likenesses, is_alike)

@@ -109,8 +109,7 @@ def likeness(*tensors: Tensor, any_size: bool = False) -> Likeness:
 
     That is their types, dtypes, devices, `requires_grad`, sizes and strides (or, for `any_size`, only how many), and the
     dispatch keys, with those that tracers and transforms add around a call. Modes, forward mode and grad mode need not add any.
-    One tensor given twice is never like two. Raises a TypeError if it is given something else than a tensor; the
-    caller must ensure that none is sparse or nested, for which it ends the process.
+    One tensor given twice is never like two. The caller must ensure that none is sparse or nested: that ends the process.
     """
     free: Any = [[None] * tensor.dim() for tensor in tensors] if any_size else None
     check: Likeness = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free).check
