@@ -323,9 +323,11 @@ def record_known(input: Tensor, save: Save) -> Tensor | None:
 
 
 def _remember(input: Tensor, save: Save) -> None:
-    # Whether to record inputs of the other dtypes depends on `torch_below`, too.
-    if (save == "input" or input.dtype not in WIDE_DTYPES) and len(_known_inputs[save]) < MAX_LIKENESSES:
-        _known_inputs[save].append(likeness(input, any_size=True))
+    """Have `record_known` recognise such inputs."""
+    # A DTensor is first put in place; and whether to record inputs of the other dtypes depends on `torch_below`, too.
+    known = _known_inputs[save]
+    if type(input) in PLAIN_TYPES and (save == "input" or input.dtype not in WIDE_DTYPES) and len(known) < MAX_LIKENESSES:
+        known.append(likeness(input, any_size=True))
 
 
 def record_sigmoid(input: Tensor, save: Save, listening: int) -> Tensor:
