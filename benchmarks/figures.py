@@ -87,7 +87,7 @@ def draw_speed(speed, folder):
 
 
 def draw_host(host, folder):
-    rows = [row for row in host["rows"] if row["what"] in ("layer", "graph")]
+    rows = [row for row in where(host, operator="sigmoid") if row["what"] in ("layer", "graph")]
     kinds = list(dict.fromkeys((row["what"], row["dtype"]) for row in rows))
     figure, panels = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3), constrained_layout=True, squeeze=False)
     for panel, (what, dtype) in zip(panels[0], kinds):
@@ -265,7 +265,7 @@ TABLES = {
         "{provider} | {fp32[microseconds]:.1f} µs | {fp32[time / torch]:.2f} "
         "| {bf16[microseconds]:.1f} µs | {bf16[time / torch]:.2f}",
         "Measured on a {source}",
-        lambda results: pivot(where(results, what="layer"), "provider", "dtype"),
+        lambda results: pivot(where(results, operator="sigmoid", what="layer"), "provider", "dtype"),
     ),
     "code": Table(
         "code/code",

@@ -21,24 +21,44 @@ KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", 
 MAX_KEPT = 4096
 
 
-def keep(compiled, programs, arguments) -> tuple:
-    """What launches a compilation again: a function, all of its arguments but the pointers, and where it may run.
+def keep(kernel, device, compiled, programs, arguments, n_inputs):
+    """A function that launches a compilation again, over the addresses it is given; None where nothing can be kept.
 
-    The compilation itself is kept, too: since Triton 3.8 its module is unloaded when nothing refers to it.
+    It returns False where the launch has to go through Triton's own entry. It refers to the compilation itself: since Triton
+    3.8 its module is unloaded when nothing does.
     """
-    current_device = driver.active.get_current_device
+    if not KEEPS_COMPILATIONS or compiled is None or _watched(kernel) or driver.active.get_current_device() != device:
+        return None
+    compiled_for = driver.active
+    current_device, current_stream = compiled_for.get_current_device, compiled_for.get_current_stream
     if current_device is torch.cuda.current_device:
         # The same without its check for initialisation, which a tensor on the device has answered.
         current_device = torch._C._cuda_getDevice
-    launch, flat = compiled.run, False
+    run = compiled.run
+    # Where the class has no such chains of hooks, the object does, and is asked for them.
+    entered, left = (getattr(type(knobs.runtime), f"launch_{when}_hook", None) for when in ("enter", "exit"))
     fixed = (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
-    if _only_appends(launch):
-        fixed = (launch.launch_cooperative_grid, launch.launch_pdl, *fixed, None, None)  # and no scratch memory
+    flat = _only_appends(run)
+    if flat:
+        fixed = (run.launch_cooperative_grid, run.launch_pdl, *fixed, None, None)  # and no scratch memory
         annotations, arguments = _flattened(compiled.src.signature.values(), arguments)
-        fixed = (*fixed, annotations, launch.kernel_signature)
-        launch, flat = launch.launch, True
-    where = current_device, driver.active.get_current_stream, driver.active
-    return launch, flat, compiled.function, fixed, arguments, programs, *where, compiled
+        fixed = (*fixed, annotations, run.kernel_signature)
+        run = run.launch
+
+    def launch(pointers) -> bool:
+        if current_device() != device or driver.active is not compiled_for:
+            return False
+        # Whoever sets a knob gives this object an attribute of its own; to ask for any costs half of asking for each.
+        if (vars(knobs.runtime) or entered.calls or left.calls or kernel.pre_run_hooks) and _watched(kernel):
+            return False
+        if flat:
+            run(programs, 1, 1, current_stream(device), compiled.function, *fixed, (*pointers, *arguments))
+        else:
+            inputs, outputs = tuple(pointers[:n_inputs]), tuple(pointers[n_inputs:])
+            run(programs, 1, 1, current_stream(device), compiled.function, *fixed, inputs, outputs, *arguments)
+        return True
+
+    return launch
 
 
 def _only_appends(launch) -> bool:
@@ -72,18 +92,6 @@ def _flattened(signature, arguments) -> tuple[list, list]:
     return annotate_arguments(kinds), values
 
 
-def relaunch(kept, kernel, device, inputs, outputs) -> bool:
-    """Launch what was kept, over these addresses; False where it has to go through Triton's own entry."""
-    launch, flat, function, fixed, arguments, programs, current_device, current_stream, compiled_for, _ = kept
-    if current_device() != device or driver.active is not compiled_for or _watched(kernel):
-        return False
-    if flat:
-        launch(programs, 1, 1, current_stream(device), function, *fixed, (*inputs, *outputs, *arguments))
-    else:
-        launch(programs, 1, 1, current_stream(device), function, *fixed, tuple(inputs), tuple(outputs), *arguments)
-    return True
-
-
 def _watched(kernel) -> bool:
     """Whether a hook or a debugger expects launches to pass through Triton's own entry."""
     runtime = knobs.runtime
@@ -111,11 +119,11 @@ class Cache(dict):
         super().__init__()
         caches.add(self)
 
-    def add(self, key, compiled, programs, arguments) -> None:
-        if KEEPS_COMPILATIONS and compiled is not None and driver.active.get_current_device() == key[0]:
+    def add(self, key, kept) -> None:
+        if kept is not None:
             if len(self) >= MAX_KEPT:
                 self.clear()
-            self[key] = keep(compiled, programs, arguments)
+            self[key] = kept
 
 
 def _forget_all():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .kept import Cache, relaunch
+from .kept import Cache, keep
 from .maths import INTERPRETED
 from .tiles import TAIL_COLUMNS
 
@@ -164,6 +164,9 @@ class Launcher:
     `kernel[grid]`, and so does each that hooks watch, that is meant for another device than the current one, or whose driver
     has changed. With `layouts_follow`, all shapes are the first input's, and the outputs' strides and dtypes follow from the
     inputs'.
+
+    A caller may recognise two inputs by other means, and pass as `known` an object that stands for all that have their device,
+    shape, strides and dtypes, and their addresses. Nothing else is asked of them then.
     """
 
     def __init__(self, kernel, *constants, arrange=element_by_element, layouts_follow=True):
@@ -172,33 +175,41 @@ class Launcher:
         self.arrange = arrange
         self.layouts_follow = layouts_follow
         self.kept = Cache()
+        self.kept_alike = Cache()
 
-    def __call__(self, inputs, outputs):
+    def __call__(self, inputs, outputs, known=None):
         """Run over `inputs`, writing `outputs`."""
+        if known is not None:
+            alike, one, other = known
+            output = outputs[0].data_ptr()
+            launch = self.kept_alike.get(alike)
+            if launch is not None and not (one | other | output) & 15 and launch((one, other, output)):
+                return
         first = inputs[0]
-        device = first.get_device()
-        key = [device, first.shape]
-        read, written = [], []
+        key = [first.get_device(), first.shape]
+        pointers = []
         for tensor in inputs:
             if tensor is None:
-                read.append(None)
+                pointers.append(None)
                 key.append(None)
                 continue
             pointer = address_of(tensor)
-            read.append(pointer)
+            pointers.append(pointer)
             key += tensor.dtype, tensor.stride(), pointer & 15
         for tensor in outputs:
             pointer = tensor.data_ptr()
-            written.append(pointer)
+            pointers.append(pointer)
             key.append(pointer & 15)
         if not self.layouts_follow:
             for tensor in (*inputs, *outputs):
                 if tensor is not None:
                     key += tensor.shape, tensor.stride(), tensor.dtype
         key = tuple(key)
-        kept = self.kept.get(key)
-        if kept is None or not relaunch(kept, self.kernel, device, read, written):
+        launch = self.kept.get(key)
+        if launch is None or not launch(pointers):
             self._launch(key, inputs, outputs)
+        elif known is not None and not any(pointer & 15 for pointer in pointers):
+            self.kept_alike.add(known[0], launch)
 
     def _launch(self, key, inputs, outputs):
         """Through `kernel[grid]`, keeping the compilation; what no walk covers is copied first."""
@@ -214,4 +225,4 @@ class Launcher:
             # ATen's kernels are compiled with fused multiply-add, and Triton has announced another default.
             options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
             compiled = self.kernel[(programs,)](tuple(map(_read_only, inputs)), tuple(outputs), *arguments, **options)
-            self.kept.add(key, compiled, programs, arguments)
+            self.kept.add(key, keep(self.kernel, key[0], compiled, programs, arguments, len(inputs)))

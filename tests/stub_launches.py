@@ -19,7 +19,7 @@ from benchmarks.measure import stub
 
 stub.activate()
 
-from torch_sigmoid import kernels
+from torch_sigmoid import autograd, dispatch, kernels
 from torch_sigmoid.kernels import kept, launch, pointwise
 from torch_sigmoid.kernels import sigmoid as operator
 
@@ -110,6 +110,57 @@ def through_triton(call):
     finally:
         launch.Launcher._launch = original
     return count
+
+
+def check_tensors_recognised_launch_what_triton_itself_would_launch():
+    """In particular: gradients of another layout, dtype or size, and the same tensors where they start elsewhere."""
+    fresh = launch.Launcher(BACKWARD.kernel, *BACKWARD.constants)
+    BACKWARD.kept.clear()
+    BACKWARD.kept_alike.clear()
+    pairs = [pair for pair in variants() for _ in range(4)]
+    random.Random(1).shuffle(pairs)
+    asked, asks = autograd.launchable, []
+    autograd.launchable = lambda *tensors: asks.append(1) or asked(*tensors)
+    try:
+        for grad, saved in pairs:
+            fresh.kept.clear()
+            expected = launch_backward(grad, saved, fresh)[:2]
+            before = record.launches
+            with torch.no_grad():
+                output = autograd.sigmoid_backward(grad, saved, "output")
+            assert record.launches == before + 1
+            assert (record.function, record.grid) == expected, (grad.shape, grad.stride(), saved.stride(), grad.dtype)
+            assert list(record.parameters[:N_POINTERS]) == [tensor.data_ptr() for tensor in (grad, saved, output)]
+            assert output.dtype is grad.dtype
+    finally:
+        autograd.launchable = asked
+    assert len(asks) < len(pairs) // 2, "most were recognised"
+    assert all(len(known) <= dispatch.MAX_LIKENESSES for known in dispatch._known_pairs.values())
+
+
+def check_a_forked_process_recognises_nothing_that_it_has_not_launched():
+    with torch.no_grad():
+        for _ in range(3):
+            autograd.sigmoid_backward(*PAIR, "output")
+    assert BACKWARD.kept_alike
+    child = os.fork()
+    if child == 0:
+        os._exit(len(BACKWARD.kept_alike))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def check_hooks_see_launches_of_tensors_recognised():
+    with torch.no_grad():
+        for _ in range(3):
+            autograd.sigmoid_backward(*PAIR, "output")
+        assert through_triton(lambda: autograd.sigmoid_backward(*PAIR, "output")) == 0
+        seen = []
+        knobs.runtime.launch_enter_hook.add(seen.append)
+        try:
+            autograd.sigmoid_backward(*PAIR, "output")
+        finally:
+            knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) == 1
 
 
 PAIR = operands(640, torch.float32)
@@ -243,7 +294,7 @@ def check_what_is_kept_outlives_tritons_own_cache():
     for device_caches in BACKWARD.kernel.device_caches.values():
         device_caches[0].clear()
     (entry,) = BACKWARD.kept.values()
-    assert any(isinstance(part, CompiledKernel) for part in entry)
+    assert any(isinstance(cell.cell_contents, CompiledKernel) for cell in entry.__closure__)
     assert through_triton(usual) == 0
 
 
@@ -398,8 +449,8 @@ def hand_to_the_driver_what_triton_would(calls):
     """That each call launches what it launches when nothing is kept, in any order, and at last without Triton's lookup."""
     seen, original = [], launch.Launcher.__call__
 
-    def recorded(self, inputs, outputs):
-        original(self, inputs, outputs)
+    def recorded(self, inputs, outputs, known=None):
+        original(self, inputs, outputs, known)
         seen.append((record.function, record.grid))
 
     def launches_of(call):

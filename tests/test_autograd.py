@@ -11,10 +11,12 @@ import torch.autograd.forward_ad as forward_ad
 from reference import interpreted, random
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hessian, jacobian
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid
 from torch_sigmoid import SigmoidFunction
+from torch_sigmoid.internals import likeness
 
 
 @pytest.fixture
@@ -394,3 +396,77 @@ def test_saved_tensors_are_never_written(save, device):
         torch.autograd.grad(y, x, random((100,), torch.bfloat16, device, seed=1), retain_graph=True, create_graph=True)
     assert torch.equal(x, before_x)
     assert torch.equal(y, before_y)
+
+
+@pytest.fixture
+def recognised(function, device):
+    """An input of a kind that has been recorded before, of which therefore nothing more is asked."""
+    for _ in range(3):
+        x = random((5,), torch.float32, device).requires_grad_()
+        function(x).backward(torch.ones_like(x))
+    return x
+
+
+def test_who_listens_sees_a_call_of_a_kind_that_only_reverse_mode_has_seen(function, recognised, device):
+    x, tangent = recognised, random((5,), torch.float32, device, seed=1)
+    first, second, _ = (each.float() for each in derivatives(x.double()))
+    close = torch.testing.assert_close
+    close(torch.func.jvp(function, (x,), (tangent,))[1], first * tangent)
+    close(torch.func.vmap(torch.func.grad(function))(x), first)
+    scaled = torch.func.vmap(torch.func.grad(lambda scale: (function(x) * scale).sum()))
+    close(scaled(torch.ones(2, device=device)), torch.sigmoid(x).sum().expand(2))
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent, first * tangent)
+        upstream = forward_ad.make_dual(torch.ones_like(x), tangent)
+        (grad,) = torch.autograd.grad(function(x), x, upstream)
+        close(forward_ad.unpack_dual(grad).tangent, first * tangent)
+    (grad,) = torch.autograd.grad(function(x), x, torch.ones_like(x), create_graph=True)
+    close(torch.autograd.grad(grad.sum(), x)[0], second)
+    with torch.no_grad():
+        assert not function(x).requires_grad
+    assert not function(x.detach()).requires_grad
+    for graph in (torch.jit.trace(function, x).graph, make_fx(function)(x).graph):
+        assert "PythonOp" not in str(graph)
+        assert "aten" in str(graph)
+    close(torch.compile(function, backend="aot_eager", fullgraph=True)(x), torch.sigmoid(x))
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        function([1.0])
+
+
+@pytest.mark.launches_nothing("asks about tensors only")
+def test_the_likeness_of_tensors_sees_what_differs(device):
+    def pair(shape=(4, 6), dtype=torch.float32, grad=False):
+        return [torch.empty(shape, dtype=dtype, device=device, requires_grad=grad) for _ in range(2)]
+
+    x, y = pair()
+    alike, of_any_size = likeness(x, y), likeness(x, any_size=True)
+    assert alike(*pair())
+    assert alike(x, y)
+    assert of_any_size(torch.empty(18, 7, device=device)[::2])
+    assert not of_any_size(torch.empty(24, device=device))
+    for others in (pair((6, 4)), pair((24,)), pair(dtype=torch.float16), pair(grad=True), (x, x)):
+        assert not alike(*others)
+    for other in (y.t().contiguous().t(), y[:1].expand(4, 6), torch.nn.Parameter(y), y.to("meta"), torch._neg_view(y)):
+        assert not alike(x, other)
+    assert not alike(x, torch._efficientzerotensor((4, 6), device=device))
+    with torch.inference_mode():
+        assert not alike(*pair())
+
+    answers = []
+
+    def asked(row):
+        answers.append(alike(x, y))
+        return row + 1
+
+    torch.func.vmap(asked)(x)
+    torch.func.grad(lambda row: asked(row).sum())(x)
+    torch.func.jvp(asked, (x,), (y,))
+    torch.func.functionalize(asked)(x)
+    torch.jit.trace(asked, x, check_trace=False)
+    make_fx(asked, pre_dispatch=True)(x)
+    assert answers == [False] * 6
+    z = torch.empty(3)
+    reference, kept = weakref.ref(z), likeness(z)
+    del z
+    assert reference() is None
+    assert kept(torch.empty(3))

@@ -293,3 +293,54 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_a_sigmoid(device):
         run(layer, torch.ones(3, device=device))
     assert seen(watch)["mean_derivative"] is None
     assert seen(watch)["attenuation"] == pytest.approx(2)
+
+
+def activation_totals(x, kind, threshold=0.01):
+    """What `add_activation` gives, and the streak of each unit."""
+    totals = torch.zeros(len(statistics.ACTIVATION_COLUMNS), dtype=torch.float64)
+    totals[statistics.LEAST] = math.inf
+    alive, streak = torch.zeros(2, x.shape[1]).unbind()
+    limits = statistics.bounds(kind, "sigmoid rounds to 1", x.dtype, threshold, x.device)
+    statistics.add_activation(x, kind, limits, totals, alive, streak)
+    return totals.tolist(), streak.tolist()
+
+
+@pytest.mark.ways
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("kind", "layer"), [("sigmoid", nn.Sigmoid()), ("tanh", nn.Tanh())], ids=["sigmoid", "tanh"])
+def test_chunks_add_up_whatever_their_extremes_say(kind, layer, dtype, monkeypatch):
+    """Chunks of three rows: within no interval, within one, in part, with a NaN, with ±∞."""
+    x = random((18, 5), dtype, scale=0.5)
+    x[3:6], x[6:9] = -30.0, 30.0
+    x[9:12], x[:, 4] = random((3, 5), dtype, scale=20.0), 40.0
+    x[12, 0], x[15, 1], x[16, 2], x[:, 3] = math.nan, math.inf, -math.inf, -50.0
+    slope = exact_derivative(layer, x.double()).abs()
+    saturated = slope < 0.01
+    lost = (torch.sigmoid(x) == 1) & (slope >= torch.finfo(dtype).smallest_normal)
+    for chunk in (15, 1 << 16):
+        monkeypatch.setattr(statistics, "_CHUNK", chunk)
+        (n, n_saturated, n_lost, total, least), streak = activation_totals(x[..., None], kind)
+        assert (n, n_saturated, n_lost) == (x.numel(), saturated.sum(), lost.sum())
+        assert math.isnan(total)
+        assert least == pytest.approx(slope[~slope.isnan()].min().item(), rel=1e-5, abs=1e-37)
+        assert streak == saturated.all(0).tolist()
+    x[12, 0] = 0.0
+    monkeypatch.setattr(statistics, "_CHUNK", 15)
+    by_chunks, _ = activation_totals(x.t().contiguous().t()[..., None], kind)
+    assert by_chunks[3] == pytest.approx(exact_derivative(layer, x.double()).abs().sum().item(), rel=1e-6)
+
+
+@pytest.mark.ways
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
+def test_squares_of_any_layout_and_size_leave_out_what_is_not_finite(chunk, monkeypatch):
+    monkeypatch.setattr(statistics, "_CHUNK", chunk)
+    g = random((6, 8, 5), torch.float32, scale=1e-30)
+    dirty = g.clone()
+    dirty[0, 1, 2], dirty[3, 0, 0], dirty[5, 7, 4] = math.inf, math.nan, -math.inf
+    huge = torch.tensor([1e200, 1.0], dtype=torch.float64)
+    for tensor in (g, g.mT, g[:, ::2], g[:1].expand(6, 8, 5), g[0, 0, 0], g.bfloat16(), dirty, dirty.permute(2, 0, 1), huge):
+        totals = torch.zeros(len(statistics.SQUARES_COLUMNS), dtype=torch.float64)
+        statistics.add_squares(tensor, totals)
+        finite = tensor[tensor.isfinite()].double()
+        expected = [finite.square().sum().item(), tensor.numel(), tensor.numel() - finite.numel()]
+        assert totals.tolist() == [pytest.approx(expected[0], rel=1e-12), *expected[1:]]

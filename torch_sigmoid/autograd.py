@@ -24,27 +24,40 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import kernels
+from . import dispatch, kernels
 from .dispatch import (
+    MAX_LIKENESSES,
     NOBODY,
     PLAIN_TYPES,
     REVERSE_MODE,
     TRACER,
     TRANSFORM,
+    WIDE_DTYPES,
     Gradients,
     Save,
     Tensors,
     asks_library,
     compiles_reverse_mode,
     exports,
+    known_launchable,
     launchable,
     listener,
-    threshold_allows_kernel,
+    promote,
+    remembered,
     wants_gradient,
 )
 from .formulas import curvature_from_output, sigmoid_grad_from_input, sigmoid_grad_from_output, upcast
 from .formulas import sigmoid as sigmoid_formula
-from .internals import apply_of, is_legacy_batched, nested_jvp, unwrap_if_dead
+from .internals import (
+    Likeness,
+    apply_of,
+    is_legacy_batched,
+    is_tracing,
+    likeness,
+    nested_jvp,
+    plain_grad_mode,
+    unwrap_if_dead,
+)
 
 
 def batch_first(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> Tensors:
@@ -66,12 +79,12 @@ def library() -> ModuleType:
 def sigmoid_value(input: Tensor) -> Tensor:
     """σ(x)."""
     value: Tensor
-    if threshold_allows_kernel(input):
-        value = kernels.sigmoid.sigmoid_forward(input)
-    elif asks_library(input):
+    if type(input) not in PLAIN_TYPES and asks_library(input):
         value = library().OPERATORS["sigmoid", 0](input, "output")
-    else:
+    elif is_tracing() or input.numel() < dispatch.threshold or not launchable(input):
         value = torch.sigmoid(input)
+    else:
+        value = kernels.sigmoid.sigmoid_forward(input)
     return value
 
 
@@ -79,7 +92,7 @@ def sigmoid_gradient(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ'."""
     gradient: Tensor
     if launchable(saved, grad_output):
-        gradient = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input")
+        gradient = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input", remembered(grad_output, saved))
         return gradient
     if asks_library(saved):
         gradient = library().OPERATORS["sigmoid", 1](grad_output, saved, save)
@@ -255,8 +268,9 @@ class _EagerSigmoidFromOutput(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         output = sigmoid_value(input)
-        ctx.save_for_backward(output)
-        ctx.set_materialize_grads(False)
+        # What `save_for_backward` and `set_materialize_grads` set, without two calls.
+        ctx.to_save = (output,)
+        ctx.materialize_grads = False
         return output
 
     @staticmethod
@@ -269,8 +283,8 @@ class _EagerSigmoidFromInput(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        ctx.save_for_backward(input)
-        ctx.set_materialize_grads(False)
+        ctx.to_save = (input,)
+        ctx.materialize_grads = False
         return sigmoid_value(input)
 
     @staticmethod
@@ -315,6 +329,42 @@ _apply_eagerly: dict[Save, Callable[..., Tensor]] = {
 }
 
 
+_STRIDED = torch.strided
+# By `save`: what recognises inputs like those that were recorded for eager reverse mode before.
+_known_inputs: dict[Save, list[Likeness]] = {"output": [], "input": []}
+
+
+def record_known(input: Tensor, save: Save) -> Tensor | None:
+    """σ(input), recorded, if eager reverse mode listens and an input like this was recorded for it before; else None.
+
+    `sigmoid` and `record_sigmoid` would do the same, but ask twice as long.
+    """
+    if not plain_grad_mode():
+        return None
+    try:
+        likenesses = _known_inputs[save]
+        if not likenesses or input.layout is not _STRIDED or input.is_nested:
+            return None
+        for is_alike in likenesses:
+            if is_alike(input):
+                break
+        else:
+            return None
+    except (AttributeError, KeyError, TypeError):  # what is not a tensor, is not a `save`, or cannot be one
+        return None
+    if is_alike is not likenesses[0]:
+        promote(likenesses, is_alike)
+    return _apply_eagerly[save](input)
+
+
+def _remember(input: Tensor, save: Save) -> None:
+    """Have `record_known` recognise such inputs."""
+    # A DTensor is first put in place; and whether to record inputs of the other dtypes depends on `torch_below`, too.
+    known = _known_inputs[save]
+    if type(input) in PLAIN_TYPES and (save == "input" or input.dtype not in WIDE_DTYPES) and len(known) < MAX_LIKENESSES:
+        known.append(likeness(input, any_size=True))
+
+
 def record_sigmoid(input: Tensor, save: Save, listening: int) -> Tensor:
     """σ(input), recorded for whoever listens; a tracer must not."""
     if type(input) not in PLAIN_TYPES and asks_library(input):
@@ -323,12 +373,17 @@ def record_sigmoid(input: Tensor, save: Save, listening: int) -> Tensor:
         return SigmoidFunction.apply(input, save)
     if listening == REVERSE_MODE and input.requires_grad:
         # After a transform ends, its tensors are dead wrappers: unwrap them, so that the graph sees the tensor inside.
-        return _apply_eagerly[save](unwrap_if_dead(input))
+        input = unwrap_if_dead(input)
+        _remember(input, save)
+        return _apply_eagerly[save](input)
     return sigmoid_value(input)
 
 
 def sigmoid_backward(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     """grad_output·σ', differentiable where that is asked for."""
+    if known := known_launchable(grad_output, saved):
+        gradient: Tensor = kernels.sigmoid.sigmoid_backward(grad_output, saved, save == "input", known)
+        return gradient
     listening = listener()
     if listening == NOBODY:
         return sigmoid_gradient(grad_output, saved, save)

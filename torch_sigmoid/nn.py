@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks, functional
+from .autograd import record_known
 from .dispatch import KERNELS_EXIST, Save
 from .losses import Reduction
 
@@ -76,9 +77,10 @@ class Sigmoid(torch.nn.Sigmoid):
             self._check_inplace()
             return functional.sigmoid_(input)
         save = self.save
-        if _TORCH_ALONE and save == "output" and type(input) is Tensor and input.dtype is _FLOAT32:
-            return input.sigmoid()
-        return functional.sigmoid(input, save=save)
+        if save == "output" and type(input) is Tensor and input.dtype is _FLOAT32:
+            return input.sigmoid() if _TORCH_ALONE else functional.sigmoid(input)
+        recorded = record_known(input, save)
+        return functional.sigmoid(input, save=save) if recorded is None else recorded
 
     def extra_repr(self) -> str:
         return "inplace=True" if self.inplace else "" if self.save == "output" else f"save={self.save!r}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .autograd import SigmoidInplaceFunction, record_sigmoid, traced_sigmoid
+from .autograd import SigmoidInplaceFunction, record_known, record_sigmoid, traced_sigmoid
 from .checks import SAVE_MODES, check_save, check_tensors
 from .dispatch import (
     REVERSE_MODE,
@@ -70,7 +70,11 @@ def sigmoid(input: Tensor, *, save: Save = "output", out: Tensor | None = None) 
         check_save(save)
     if out is not None:
         return _sigmoid_out(input, out)
-    if is_small(input, save) or not is_ours(input):
+    if is_small(input, save):
+        return torch.sigmoid(input)
+    if (recorded := record_known(input, save)) is not None:
+        return recorded
+    if not is_ours(input):
         return torch.sigmoid(input)
     listening = listener()
     if listening == TRACER:

@@ -5,11 +5,17 @@ chain   forward and backward of one function in a chain of eight
 layer   forward and backward of one layer in a chain of eight
 graph   on a GPU: the same as `layer`, replayed as a CUDA graph, until the device is done
 
+Of gates and losses, beside torch's formula, "call" and "layer" of the function. Each takes what the one before gives as its
+first operand, and others of its own. Where the output has not the shape of an operand, as that of `glu` and of a mean, there is
+no chain: forward and backward of one call are repeated eight times.
+
+"floor" is the least that a Function in Python can cost, whatever it computes: torch.sigmoid forward, one product backward.
+
 On a GPU the first three are read off the clock without waiting for the device. Without a GPU they run in a process whose CUDA
 driver is a stub that returns at once (stub.py). Torch's times then contain its arithmetic on the CPU, half a microsecond; ours
 contain dispatch and launch as on a GPU, but for the driver's own part.
 
-Writes host.csv and .json. Takes about a minute.
+Writes host.csv and .json. Takes about two minutes; the first time half a minute more, to compile.
 """
 
 import argparse
@@ -23,40 +29,78 @@ from pathlib import Path
 import torch
 
 import torch_sigmoid
+from torch_sigmoid.internals import apply_of
 
 from . import record, stub
-from .operators import operators
+from .operators import differentiable, operators
 from .speed import Case, check
 
 ELEMENTS = 1024
 LAYERS = 8
-ROUNDS, CALLS = 150, 40
+ROUNDS, CALLS = 100, 40
+# There are twelve gates and losses.
+ROUNDS_OF_OTHERS, CALLS_OF_OTHERS = 40, 10
 DTYPES = (torch.float32, torch.bfloat16)
-# "call" and "chain" call these, and "layer" the modules of operators.py.
+
+
+class FloorFunction(torch.autograd.Function):
+    """Not the gradient of sigmoid, but as many tensors saved, and one operator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        output = torch.sigmoid(x)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * ctx.saved_tensors[0]
+
+
+floor = apply_of(FloorFunction)
+
+
+class Floor(torch.nn.Module):
+    def forward(self, x):
+        return floor(x)
+
+
+# "call" and "chain" call these, and "layer" the modules of operators.py and `Floor`.
 FUNCTIONS = {
     "torch": torch.sigmoid,
     "ours, output": torch_sigmoid.sigmoid,
     "ours, input": lambda x: torch_sigmoid.sigmoid(x, save="input"),
+    "floor": floor,
 }
 
 
-def chain(function, x, grad):
-    """A call of forward and backward through LAYERS of `function`."""
+def chain(function, leaves):
+    """A call of forward and backward through LAYERS of `function`; of one each, where its output cannot be its operand."""
+    first, *others = leaves
+    own = [[other.detach().requires_grad_(other.requires_grad) for other in others] for _ in range(LAYERS)]
+    output = function(*leaves)
+    grad = torch.randn_like(output)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    all_wanted = [first, *(leaf for layer in own for leaf in layer if leaf.requires_grad)]
 
     def run():
-        h = x
+        h = first
+        for layer in own:
+            h = function(h, *layer)
+        torch.autograd.grad(h, all_wanted, grad)
+
+    def repeat():
         for _ in range(LAYERS):
-            h = function(h)
-        torch.autograd.grad(h, x, grad)
+            torch.autograd.grad(function(*leaves), wanted, grad)
 
-    return run
+    return run if output.shape == first.shape else repeat
 
 
-def forward(function, x):
+def forward(function, leaves):
     def run():
         with torch.no_grad():
             for _ in range(LAYERS):
-                function(x)
+                function(*leaves)
 
     return run
 
@@ -75,73 +119,90 @@ def captured(run):
     return graph.replay
 
 
-def sample(runs, synchronize):
+def sample(runs, synchronize, rounds, calls):
     """Seconds per layer, for each run and round; the runs take turns, in an order that changes."""
     samples = {name: [] for name in runs}
     for run in runs.values():
-        for _ in range(CALLS):
+        for _ in range(calls):
             run()
     order = list(runs)
     gc.collect()
     gc.disable()
-    for _ in record.progress(range(ROUNDS), "host cost"):
+    for _ in record.progress(range(rounds), "host cost"):
         order.append(order.pop(0))
         for name in order:
             run = runs[name]
             run()
             synchronize()
             start = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(calls):
                 run()
             if name[0] == "graph":
                 synchronize()
-            samples[name].append((time.perf_counter() - start) / CALLS / LAYERS)
+            samples[name].append((time.perf_counter() - start) / calls / LAYERS)
             synchronize()
     gc.enable()
     return samples
 
 
-def check_launches(providers):
-    """The stub computes no values, so check that each provider launches as many kernels as it should."""
-    launches = stub.last_launch(0)
-    for dtype in DTYPES:
-        x = torch.randn(ELEMENTS, dtype=dtype, requires_grad=True)
-        for label, provider in providers.items():
-            before = launches.launches
-            torch.autograd.grad(provider.function(x), x, torch.ones_like(x))
-            # save="output" launches a kernel only for a backward that torch rounds differently: that of 16 bit.
-            expected = {"torch": 0, "naive Triton": 2, "ours, input": 1, "ours, output": int(dtype.itemsize == 2)}[label]
-            if launches.launches - before != expected:
-                raise record.WrongResultError(f"{label} in {dtype}: {launches.launches - before} launches, not {expected}")
+def expected_launches(name, label, dtype):
+    """Of a forward and a backward."""
+    if name != "sigmoid":
+        return {"torch": 0, "ours": 2}[label]
+    # save="output" launches a kernel only for a backward that torch rounds differently: that of 16 bit.
+    return {"torch": 0, "floor": 0, "naive Triton": 2, "ours, input": 1, "ours, output": int(dtype.itemsize == 2)}[label]
+
+
+def check_launches(name, label, function, leaves):
+    """The stub computes no values, so check that a provider launches as many kernels as it should."""
+    launches, dtype = stub.last_launch(0), leaves[0].dtype
+    before, output = launches.launches, function(*leaves)
+    torch.autograd.grad(output, differentiable(leaves), torch.ones_like(output))
+    expected = expected_launches(name, label, dtype)
+    if launches.launches - before != expected:
+        raise record.WrongResultError(f"{name} by {label} in {dtype}: {launches.launches - before} launches, not {expected}")
+
+
+def runs_of(name, operator, dtype, device, stubbed):
+    """What is timed of an operator in a dtype, by what and provider; checked before."""
+    providers = {label: each.function for label, each in operator.providers.items() if not each.foreign}
+    providers.pop("torch.compile")
+    if name == "sigmoid":
+        providers["floor"] = Floor()
+    leaves = operator.leaves(operator.build(lambda *shape: torch.randn(shape, dtype=dtype, device=device), ELEMENTS))
+    runs = {}
+    for label, function in providers.items():
+        if stubbed:
+            check_launches(name, label, function, leaves)
+        elif label != "floor":
+            check(f"{name} by {label}", operator, operator.providers[label], Case(dtype, "dense", ELEMENTS), device)
+        called = FUNCTIONS.get(label, function) if name == "sigmoid" else function
+        runs["call", label] = forward(called, leaves)
+        runs["layer", label] = chain(function, leaves)
+        if name == "sigmoid":
+            runs["chain", label] = chain(called, leaves)
+            if not stubbed:
+                runs["graph", label] = captured(runs["layer", label])
+    return runs
 
 
 def measure(device, stubbed):
-    name, operator = "sigmoid", operators()["sigmoid"]
-    providers = {label: provider for label, provider in operator.providers.items() if label != "torch.compile"}
-    if stubbed:
-        check_launches(providers)
-    else:
-        for label, provider in providers.items():
-            for dtype in DTYPES:
-                check(f"{name} by {label}", operator, provider, Case(dtype, "dense", ELEMENTS), device)
+    synchronize = (lambda: None) if stubbed else torch.cuda.synchronize
     rows = []
-    for dtype in DTYPES:
-        x = torch.randn(ELEMENTS, dtype=dtype, device=device, requires_grad=True)
-        grad = torch.randn(ELEMENTS, dtype=dtype, device=device)
-        runs = {}
-        for label, provider in providers.items():
-            function = FUNCTIONS.get(label, provider.function)
-            runs["call", label] = forward(function, x)
-            runs["chain", label] = chain(function, x, grad)
-            runs["layer", label] = chain(provider.function, x, grad)
-            if not stubbed:
-                runs["graph", label] = captured(runs["layer", label])
-        samples = sample(runs, (lambda: None) if stubbed else torch.cuda.synchronize)
-        medians = {key: record.quantiles(values)[0] for key, values in samples.items()}
-        for (what, label), values in samples.items():
-            row = {"operator": name, "what": what, "dtype": record.short(dtype), "provider": label} | record.timing(values)
-            rows.append(row | {"time / torch": round(medians[what, label] / medians[what, "torch"], 3)})
-    return sorted(rows, key=lambda row: (row["what"], row["dtype"] != "fp32"))
+    for name, operator in operators().items():
+        if operator.family == "siglip":
+            continue
+        rounds = (ROUNDS, CALLS) if name == "sigmoid" else (ROUNDS_OF_OTHERS, CALLS_OF_OTHERS)
+        own = []
+        for dtype in DTYPES:
+            samples = sample(runs_of(name, operator, dtype, device, stubbed), synchronize, *rounds)
+            medians = {key: record.quantiles(values)[0] for key, values in samples.items()}
+            for (what, label), values in samples.items():
+                row = {"operator": name, "what": what, "dtype": record.short(dtype), "provider": label}
+                row |= record.timing(values) | {"time / torch": round(medians[what, label] / medians[what, "torch"], 3)}
+                own.append(row)
+        rows += sorted(own, key=lambda row: (row["what"], row["dtype"] != "fp32"))
+    return rows
 
 
 @record.reporting

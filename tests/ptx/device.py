@@ -107,10 +107,10 @@ class Device(CudaDriver):
         """Make a class of launchers tell this device what a launch reads and writes."""
         call = launcher.__call__
 
-        def observed(launcher, inputs, outputs):
+        def observed(launcher, inputs, outputs, known=None):
             self.tensors.append((inputs, outputs))
             try:
-                call(launcher, inputs, outputs)
+                call(launcher, inputs, outputs, known)
             finally:
                 self.tensors.pop()
 

@@ -9,7 +9,8 @@ x·σ(1.702·x), whose derivative is silu'(1.702·x). An x is
 
 Both are intervals of x. `bounds` finds them once, by bisection over the numbers of the dtype with f' in float64: they are
 exact, and for each tensor only comparisons are left. One Triton kernel reads the tensor where a kernel can run; otherwise torch
-operators compute the same numbers.
+operators compute the same numbers. On a CPU, where nobody has to wait to look at a number, they do so in chunks that stay in
+the cache, and compare only where the extremes of a chunk say that an interval may hold an x.
 """
 
 import functools
@@ -53,7 +54,7 @@ def _silu_slope(x: float) -> float:
 
 def _sigmoid_slopes(x: Tensor) -> Tensor:
     e = x.abs().neg_().exp_()
-    return e / (1 + e).square_()
+    return e.div_((1 + e).square_())
 
 
 def _step(condition: Tensor, x: Tensor, height: float) -> Tensor:
@@ -171,8 +172,64 @@ def _intervals(holds: Callable[[Tensor], bool], turns: tuple[float, ...], dtype:
     return [(_at_rank(first, dtype).item(), _at_rank(last, dtype).item()) for first, last in found]
 
 
+# Of fp32: 256 KiB, of which a few fit into a core's second-level cache.
+_CHUNK = 1 << 16
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Slices of x along its first dimension, of about _CHUNK elements."""
+    chunks: tuple[Tensor, ...] = x.split(max(1, _CHUNK * x.shape[0] // x.numel()))
+    return chunks
+
+
 def _within(x: Tensor, limits: Tensor) -> Tensor:
     return ((x >= limits[0]) & (x <= limits[1])) | ((x >= limits[2]) & (x <= limits[3]))
+
+
+def _mask_within(x: Tensor, extremes: tuple[float, float], limits: list[float]) -> Tensor | bool:
+    """Which x lie in one of two intervals; True if all do, False if none does. `extremes` of x are NaN if an x is."""
+    low, high = extremes
+    mask: Tensor | None = None
+    for first, last in (limits[:2], limits[2:]):
+        if last < low or first > high:
+            continue
+        after, before = first <= low, last >= high
+        if after and before:
+            return True
+        own = x <= last if after else x >= first if before else (x >= first).logical_and_(x <= last)
+        mask = own if mask is None else mask.logical_or_(own)
+    return False if mask is None else mask
+
+
+def _add_activation_on_cpu(
+    x: Tensor, kind: str, limits: list[float], dtype: torch.dtype, totals: Tensor, streak: Tensor, scale: float
+) -> None:
+    """`add_activation` with its arithmetic in `dtype`, chunk by chunk."""
+    n_saturated = n_lost = 0
+    sum_of_slopes, least = 0.0, math.inf
+    dead: Tensor | bool = True
+    for chunk in _chunks(x):
+        low, high = chunk.aminmax()
+        extremes = low.item(), high.item()
+        wide = chunk.to(dtype)
+        saturated = _mask_within(wide, extremes, limits[:4])
+        lost = _mask_within(wide, extremes, limits[4:])
+        if isinstance(saturated, bool):
+            n_saturated += saturated * chunk.numel()
+        else:
+            n_saturated += int(saturated.count_nonzero())
+            saturated = saturated.all(0).all(1)
+        dead = saturated if dead is True else dead & saturated
+        n_lost += lost * chunk.numel() if isinstance(lost, bool) else int(lost.count_nonzero())
+        slopes = KINDS[kind].slopes(wide if scale == 1 else scale * wide).abs_()
+        sum_of_slopes += slopes.sum(dtype=torch.float64).item()
+        smallest = slopes.amin().item()
+        if math.isnan(smallest):
+            smallest = torch.where(slopes.isnan(), math.inf, slopes).amin().item()
+        least = min(least, smallest)
+    totals[:LEAST] += totals.new_tensor([x.numel(), n_saturated, n_lost, sum_of_slopes])
+    totals[LEAST].clamp_(max=least)
+    streak.add_(1).mul_(dead)
 
 
 def add_activation(
@@ -189,6 +246,9 @@ def add_activation(
     """
     if launchable(x, limits, totals):
         kernels.statistics.add_activation(x, kind, limits, totals, alive, streak, scale)
+        return
+    if x.device.type == "cpu":
+        _add_activation_on_cpu(x, kind, limits.tolist(), limits.dtype, totals, streak, scale)
         return
     wide = x.to(limits.dtype)
     saturated = _within(wide, limits)
@@ -207,7 +267,26 @@ def add_squares(g: Tensor, totals: Tensor) -> None:
     if launchable(g, totals):
         kernels.statistics.add_squares(g, totals)
         return
+    if g.device.type == "cpu":
+        _add_squares_on_cpu(g, totals)
+        return
     finite = g.isfinite()
     totals[0] += torch.where(finite, g, 0.0).to(totals.dtype).square().sum()
     totals[1] += g.numel()
     totals[2] += g.numel() - finite.sum()
+
+
+def _add_squares_on_cpu(g: Tensor, totals: Tensor) -> None:
+    squares, n_not_finite = 0.0, 0
+    # In the order of its memory; a sum has no order.
+    g = g[None] if g.dim() == 0 else g.permute(sorted(range(g.dim()), key=g.stride, reverse=True))
+    for chunk in _chunks(g):
+        wide = chunk.double().flatten()
+        own = wide.dot(wide).item()
+        # A finite sum of squares has no other terms; of fp64 numbers, the squares may be infinite where they are not.
+        if not math.isfinite(own):
+            finite = wide.isfinite()
+            own = torch.where(finite, wide, 0.0).square().sum().item()
+            n_not_finite += wide.numel() - int(finite.count_nonzero())
+        squares += own
+    totals += totals.new_tensor([squares, g.numel(), n_not_finite])

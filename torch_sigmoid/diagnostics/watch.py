@@ -187,6 +187,8 @@ class GradientWatch:
 
     def _before(self, layer: Layer, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a watched module runs: read its input, which the module may overwrite."""
+        if self._model_ran and not self._ended_in_backward and not self._is_sampling:
+            return
         if not torch.is_grad_enabled() or gradients.is_hidden():
             return
         if self._ended_in_backward and not in_backward():
