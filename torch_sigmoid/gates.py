@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import eager, kernels
 from .autograd import Operator, record
 from .checks import (
     DENSE_FLOATS,
@@ -29,7 +29,8 @@ from .checks import (
     promoted,
 )
 from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
-from .formulas import upcast, weighted
+from .eager import weighted
+from .formulas import upcast
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class Unary(Operator):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if launchable(x):
             return (kernels.gates.unary_forward(x, self.function, self.alpha),)
+        if eager.takes(x):
+            return (eager.unary(x, self.function, self.alpha),)
         return (self.formula(x),)
 
     def backward(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
         if launchable(x, grad_output):
             return (kernels.gates.unary_backward(grad_output, x, self.function, self.alpha),)
+        if eager.takes(x, grad_output):
+            return (eager.unary_gradient(grad_output, x, self.function, self.alpha),)
         return self.backward_formula(grad_output, x)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor) -> Tensors:
@@ -120,17 +125,22 @@ class Gated(Operator):
         a, g = self.parts(tensors)
         if launchable(a, g) and a.numel():
             return (kernels.gates.gate_forward(a, g, self.constants),)
+        if eager.takes(a, g):
+            return (eager.gate_value(a, g, self.constants),)
         return (self.formula(*tensors),)
 
     def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         a, g = self.parts(tensors)
-        if not (launchable(a, g, grad_output) and a.numel()):
+        launches = launchable(a, g, grad_output) and a.numel()
+        if not (launches or eager.takes(a, g, grad_output)):
             return self.backward_formula(grad_output, *tensors)
-        if a.shape == g.shape:
-            grads, out = self.memory_for(tensors)
-            kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
-            return grads
-        return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, self.constants))
+        if a.shape != g.shape:
+            broadcast_backward = kernels.gates.broadcast_backward if launches else eager.broadcast_gradients
+            return self.whole(*broadcast_backward(grad_output, a, g, self.constants))
+        grads, out = self.memory_for(tensors)
+        gate_backward = kernels.gates.gate_backward if launches else eager.gate_gradients
+        gate_backward(grad_output, a, g, self.constants, out)
+        return grads
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
@@ -209,13 +219,13 @@ class Interleaved(Gated):
         (packed,) = tensors
         if launchable(packed) and packed.numel():
             return (kernels.interleaved.forward(packed, self.constants),)
-        return (self.formula(packed),)
+        return super().forward(packed)
 
     def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (packed,) = tensors
         if launchable(packed, grad_output) and packed.numel():
             return (kernels.interleaved.backward(grad_output, packed, self.constants),)
-        return self.backward_formula(grad_output, packed)
+        return super().backward(grad_output, packed)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (grad,), (packed,) = grads, tensors

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import eager, kernels
 from .autograd import Operator, record
 from .checks import (
     DENSE_FLOATS,
@@ -92,7 +92,10 @@ class Loss(Operator):
             ignored = target == self.ignore_index
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
-        result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+        if order < 2 and eager.takes(x, positive, negative, *(each for each in (scale, v) if isinstance(each, Tensor))):
+            result = eager.weighted_loss(scale * v, x, positive, negative, self.gamma, order, pos_weight is None)
+        else:
+            result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
 
     def count(self, target: Tensor) -> Tensor | None:
@@ -110,7 +113,7 @@ class Loss(Operator):
     def _value(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, targets_vary: bool) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
-            return self._value(x.unsqueeze(0), target, weight, pos_weight, targets_vary).reshape(())
+            return self._value(x.unsqueeze(0), target.unsqueeze(0), weight, pos_weight, targets_vary).reshape(())
         elements = self.elements(0, 1.0, upcast(x), target, weight, pos_weight, targets_vary)
         return self.reduced(elements, self.count(target)).to(self.dtype)
 
