@@ -26,22 +26,29 @@ _aten = torch.ops.aten
 _silu_backward: Callable[..., Tensor] = _aten.silu_backward.default
 _sigmoid_backward: Callable[..., Tensor] = _aten.sigmoid_backward.default
 _sigmoid_backward_into: Callable[..., Tensor] = _aten.sigmoid_backward.grad_input
+_silu_into: Callable[..., Tensor] = _aten.silu.out
+_silu_backward_into: Callable[..., Tensor] = _aten.silu_backward.grad_input
 # grad where low < x < high, else 0.
-_hardtanh_backward: Callable[..., Tensor] = _aten.hardtanh_backward.default
+_hardtanh_backward_into: Callable[..., Tensor] = _aten.hardtanh_backward.grad_input
 # v·z/(1 + z) with z = e^(beta·x), and v where beta·x exceeds the threshold: v·σ(beta·x) in one pass.
 _softplus_backward: Callable[..., Tensor] = _aten.softplus_backward.default
 # v·σ(-x), given e^-|x|.
 _logsigmoid_backward: Callable[..., Tensor] = _aten.log_sigmoid_backward.default
+_logsigmoid_backward_into: Callable[..., Tensor] = _aten.log_sigmoid_backward.grad_input
 
-# Beyond it 1 - σ is a quarter of an ulp of 1.
-THRESHOLD = {torch.float32: 18.0, torch.float64: 38.0}
-# A number that e^THRESHOLD multiplies without overflow.
-LARGE = {torch.float32: 2.0**100, torch.float64: 2.0**960}
+_FUSED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}
+
+# Beyond it 1 - σ is a quarter of an ulp of 1, and e^THRESHOLD·LARGE is finite.
+THRESHOLD, LARGE = 18.0, 2.0**100
 # silu_backward in fp32 loses x/4 ulp above, where 1 - σ cancels, and |x|/2 below, where grad·σ is subnormal.
 SILU_LOW, SILU_HIGH = -10.0, 8.0
 LOSS_NEAR = 64.0
-# Elements a block and thread: the least that torch gives a thread, and four fp32 blocks fit into a core's second-level cache.
-BLOCK = 2**15
+# Elements a block: smaller ones cost more calls than they save time in the cache, and torch gives a thread no fewer than 2¹⁵.
+BLOCK, OF_A_THREAD = 2**16, 2**15
+# A block's fp32 copies and temporaries, which are kept for the next call: page faults cost more than the arithmetic.
+KEPT = 8
+
+Form = Callable[..., None]
 
 
 def takes(first: Tensor, *others: Tensor | None) -> bool:
@@ -49,12 +56,7 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
 
     One without dimensions, or without elements, costs no time that is worth a rule of its own.
     """
-    return (
-        first.is_cpu
-        and computes_eagerly(first, *(each for each in others if each is not None))
-        and first.dim() > 0
-        and first.numel() > 0
-    )
+    return first.is_cpu and computes_eagerly(first, *others) and first.dim() > 0 and first.numel() > 0
 
 
 def _extremes(x: Tensor) -> tuple[float, float]:
@@ -72,28 +74,76 @@ def _mend(result: Tensor, radius: float, exactly: Callable[..., Tensor], x: Tens
         result.put_(far, exactly(*chosen).to(result.dtype))
 
 
-def _minus_abs(x: Tensor) -> Tensor:
-    """-|x| in new memory, in one pass: x with its sign bit set."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
-    return x.view(integer).bitwise_or(torch.iinfo(integer).min).view(x.dtype)
+def _minus_abs(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.abs(x, out=out).neg_()
 
 
-def _in_blocks(form: Callable[..., Tensors], results: Tensors, *operands: Tensor) -> None:
-    """Write form(*operands), computed in fp32, into 16-bit results of one shape, in blocks of their first dimension."""
-    n, size = results[0].numel(), BLOCK * torch.get_num_threads()
-    tensors: Sequence[Tensor] = (*results, *operands)
-    if n > size and all(each.shape == results[0].shape and each.is_contiguous() for each in tensors):
-        tensors = [each.view(-1) for each in tensors]
-    parts: list[Sequence[Tensor]] = [[each] for each in tensors]
+_kept: list[Tensor] = []
+
+
+def _in_blocks(form: Form, n_temporaries: int, results: Sequence[Tensor], *operands: Tensor) -> None:
+    """Have `form(temporaries, results, *operands)` write results of one shape, in blocks of their first dimension.
+
+    In 16 bit, the form computes on fp32 copies of its blocks. Operands may be broadcast against the results.
+    """
+    first, n = results[0], results[0].numel()
+    dtype = _arithmetic(first)
+    if n < OF_A_THREAD:
+        # Each tensor apart costs less than the parts of one.
+        temporaries = [torch.empty(first.shape, dtype=dtype, device="cpu") for _ in range(n_temporaries)]
+        if dtype is first.dtype:
+            form(temporaries, results, *operands)
+            return
+        wide = [torch.empty(first.shape, dtype=dtype, device="cpu") for _ in results]
+        form(temporaries, wide, *map(torch.Tensor.float, operands))
+        for result, value in zip(results, wide):
+            result.copy_(value)
+        return
+    size = max(BLOCK, OF_A_THREAD * torch.get_num_threads())
+    parts: list[Sequence[Tensor]] = [[each] for each in (*results, *operands)]
     if n > size:
-        rows = tensors[0].size(0)
+        if first.dim() > 1 and all(each.shape == first.shape and each.is_contiguous() for (each,) in parts):
+            parts = [[each.view(-1)] for (each,) in parts]
+        rows = parts[0][0].size(0)
         length = max(1, size * rows // n)
         # A gate that is broadcast along the first dimension has one row.
-        parts = [each.split(length) if each.size(0) == rows else [each] * -(-rows // length) for each in tensors]
+        parts = [each.split(length) if each.size(0) == rows else [each] * -(-rows // length) for (each,) in parts]
+    n_results = len(results)
+    n_copies = len(parts) if dtype is not first.dtype else 0
+    views: Sequence[Tensor] = ()
+    try:
+        memory = _kept.pop()
+    except IndexError:
+        memory = torch.empty(0, dtype=dtype, device="cpu")
     for blocks in zip(*parts):
-        values = form(*(each.float() for each in blocks[len(results) :]))
-        for result, value in zip(blocks, values):
-            result.copy_(value)
+        shape = blocks[0].shape
+        if (n_copies + n_temporaries) and (not views or views[0].shape != shape):
+            numel = (n_copies + n_temporaries) * blocks[0].numel()
+            if memory.dtype is not dtype or memory.numel() < numel:
+                memory = torch.empty(numel, dtype=dtype, device="cpu")
+            views = memory[:numel].view(-1, *shape).unbind()
+        if n_copies:
+            operand_blocks = zip(views[n_results:], blocks[n_results:])
+            wide = [view.copy_(each) if each.shape == shape else each.float() for view, each in operand_blocks]
+            form(views[n_copies:], views[:n_results], *wide)
+            for result, value in zip(blocks, views[:n_results]):
+                result.copy_(value)
+        else:
+            form(views, blocks[:n_results], *blocks[n_results:])
+    # What inference mode has made cannot be written elsewhere.
+    if memory.numel() <= KEPT * size and not memory.is_inference():
+        _kept.append(memory)
+
+
+@cache
+def _one(dtype: torch.dtype) -> Tensor:
+    """1 as a tensor: torch takes longer to make one of a number."""
+    return torch.ones((), dtype=dtype, device="cpu")
+
+
+@cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 # Functions of one number
@@ -102,8 +152,8 @@ def _in_blocks(form: Callable[..., Tensors], results: Tensors, *operands: Tensor
 @cache
 def _adds_fused(dtype: torch.dtype) -> bool:
     """Whether torch.add(p, x, alpha=alpha) rounds once, in the vectorised loop, in its remainder and in the strided loop."""
-    alpha = torch.tensor(1.7, dtype=dtype).item()
-    strided = torch.linspace(1, 2, 134, dtype=dtype)[::2]
+    alpha = _rounded(1.7, dtype)
+    strided = torch.linspace(1, 2, 134, dtype=dtype, device="cpu")[::2]
     for x in (strided, strided.contiguous()):
         rounded = x * -alpha
         exact = [float(Fraction(p) + Fraction(alpha) * Fraction(each)) for p, each in zip(rounded.tolist(), x.tolist())]
@@ -112,39 +162,30 @@ def _adds_fused(dtype: torch.dtype) -> bool:
     return True
 
 
-def _lost(alpha: float, x: Tensor, minus_product: Tensor) -> Tensor:
-    """alpha·x + minus_product, what the product's rounding has lost."""
-    rounded = torch.tensor(alpha, dtype=x.dtype).item()
-    if not _adds_fused(x.dtype):
-        return formulas.product(alpha, x)[1]
-    lost = torch.add(minus_product, x, alpha=rounded)
-    return lost if rounded == alpha else lost.add_(x, alpha=alpha - rounded)
-
-
-def _exp_minus(alpha: float, x: Tensor, exactly: bool) -> Tensor:
-    """e^(-alpha·x), as exact as for a product that is not rounded if `exactly`."""
+def _exp_minus(alpha: float, x: Tensor, exactly: bool, out: Tensor, temporary: Tensor) -> Tensor:
+    """e^(-alpha·x); if `exactly`, with what the product's rounding loses, up to |alpha·x| ulp."""
     if alpha == 1:
-        return x.neg().exp_()
-    power = x * -alpha
-    lost = _lost(alpha, x, power) if exactly else None
-    e = power.exp_()
-    return e if lost is None else e.addcmul_(e, lost, value=-1)
+        return torch.neg(x, out=out).exp_()
+    torch.mul(x, -alpha, out=out)
+    if not exactly:
+        return out.exp_()
+    if _adds_fused(x.dtype):
+        rounded = _rounded(alpha, x.dtype)
+        lost = torch.add(out, x, alpha=rounded, out=temporary)
+        if rounded != alpha:
+            lost.add_(x, alpha=alpha - rounded)
+    else:
+        lost = formulas.product(alpha, x)[1]
+    return out.exp_().addcmul_(out, lost, value=-1)
 
 
-def _silu_parts(x: Tensor, alpha: float, exactly: bool) -> tuple[Tensor, Tensor]:
-    """σ(alpha·x) and the derivative of x·σ(alpha·x), from one exponential."""
-    e = _exp_minus(alpha, x, exactly)
-    sigma = (e + 1).reciprocal_()
-    complement = e.mul_(sigma)
-    return sigma, torch.addcmul(sigma, sigma, complement.mul_(x), value=alpha)
-
-
-def _value(x: Tensor, function: str, alpha: float, exactly: bool = True) -> Tensor:
-    """f(x), or x·σ(alpha·x), in memory of its own."""
-    if function == "silu" and alpha != 1:
-        e = _exp_minus(alpha, x, exactly)
-        return torch.div(x, e.add_(1), out=e)
-    return {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}[function](x)
+def _silu_parts(temporaries: Sequence[Tensor], x: Tensor, alpha: float, exactly: bool) -> tuple[Tensor, Tensor]:
+    """σ(alpha·x) and the derivative of x·σ(alpha·x), in two temporaries, from one exponential."""
+    e, sigma = temporaries[:2]
+    _exp_minus(alpha, x, exactly, e, sigma)
+    torch.add(e, _one(e.dtype), out=sigma).reciprocal_()
+    slope = torch.addcmul(sigma, sigma, e.mul_(sigma).mul_(x), value=alpha, out=e)
+    return sigma, slope
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
@@ -153,22 +194,23 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
     """`formulas.weighted`, by fused operators where nobody listens and they can; x is fp32 or fp64."""
-    if order == 2 or not takes(x, v if isinstance(v, Tensor) else None):
+    if order == 2 or alpha != 1 or not takes(x, v if isinstance(v, Tensor) else None):
         return formulas.weighted(v, x, function, order, alpha)
-    if function == "logsigmoid" and order == 1:
-        function, order, x = "sigmoid", 0, -x
     if order == 0:
-        result = v * _value(x, function, alpha)
-    elif function == "sigmoid":
-        result = _sigmoid_backward(torch.as_tensor(v, dtype=x.dtype), _minus_abs(x).sigmoid_())
-    else:
-        result = v * _silu_parts(x, alpha, True)[1]
-    if function != "logsigmoid":
-        least, greatest = _extremes(x)
-        near = NEAR[x.dtype]
-        # Only σ itself, and x·σ(x), keep their digits for every large x.
-        if not (-near <= alpha * least and (order == 0 and alpha == 1 or alpha * greatest <= near)):
-            _mend(result, near / alpha, lambda x, v: formulas.weighted(v, x, function, order, alpha), x, v)
+        result = _FUSED[function](x)
+        result = result if isinstance(v, float) and v == 1 else v * result
+        if function == "logsigmoid" or x.min().item() >= -NEAR[x.dtype]:
+            return result
+        _mend(result, NEAR[x.dtype], lambda x, v: formulas.weighted(v, x, function, 0), x, v)
+        return result
+    v = torch.as_tensor(v, dtype=x.dtype).expand(torch.broadcast_shapes(x.shape, v.shape if isinstance(v, Tensor) else ()))
+    if function != "sigmoid":
+        return unary_gradient(v, x, function, 1.0)
+    smaller = _minus_abs(x).sigmoid_()
+    result = _sigmoid_backward(v, smaller)
+    least, greatest = _extremes(x)
+    if not (-NEAR[x.dtype] <= least and greatest <= NEAR[x.dtype]):
+        _mend(result, NEAR[x.dtype], lambda x, v: formulas.weighted(v, x, "sigmoid", 1), x, v)
     return result
 
 
@@ -179,9 +221,14 @@ def unary(x: Tensor, function: str, alpha: float) -> Tensor:
     if alpha == 1:
         result = F.silu(x)
     elif x.dtype in WIDE_DTYPES:
-        result = _value(x, function, alpha)
+        result = torch.empty_like(x)
+
+        def form(temporaries: Sequence[Tensor], results: Sequence[Tensor], x: Tensor) -> None:
+            torch.div(x, _exp_minus(alpha, x, True, *temporaries).add_(_one(x.dtype)), out=results[0])
+
+        _in_blocks(form, 2, [result], x)
     else:
-        result = _softplus_backward(x, x, alpha, THRESHOLD[torch.float32])
+        result = _softplus_backward(x, x, alpha, THRESHOLD)
     least, greatest = _extremes(x)
     near = NEAR[_arithmetic(x)] / alpha
     if not (-near <= least and (alpha == 1 or greatest <= near)):
@@ -197,38 +244,58 @@ def unary_gradient(grad: Tensor, x: Tensor, function: str, alpha: float) -> Tens
 
     dtype, wide = _arithmetic(x), x.dtype in WIDE_DTYPES
     least, greatest = _extremes(x)
-    near = NEAR[dtype]
+    near = NEAR[dtype] / alpha
     if function == "logsigmoid":
-        result = _softplus_backward(grad, x, -1.0, THRESHOLD[dtype])
+        result = x.neg().sigmoid_().mul_(grad) if wide else _sigmoid_of_16_bit(grad, x, -1.0)
         if not greatest <= near:
             _mend(result, near, exactly, x, grad)
-        smallest, largest = _extremes(grad)
-        if not (-LARGE[dtype] <= smallest and largest <= LARGE[dtype]):
-            _mend(result, LARGE[dtype], lambda grad, x: exactly(x, grad), grad, x)
         return result
     if alpha == 1:
         result = _silu_backward(grad, x)
-        if wide and not (SILU_LOW <= least and greatest <= SILU_HIGH):
+        if wide and not (least >= SILU_LOW and greatest <= SILU_HIGH):
             middle, radius = (SILU_HIGH + SILU_LOW) / 2, (SILU_HIGH - SILU_LOW) / 2
-            _mend(result, radius, lambda _, x, grad: _silu_parts(x, 1.0, True)[1].mul_(grad), x - middle, x, grad)
-    elif wide:
-        result = _silu_parts(x, alpha, True)[1].mul_(grad)
+            _mend(result, radius, _silu_gradient, x - middle, x, grad)
     else:
         result = torch.empty_like(x)
-        _in_blocks(lambda grad, x: (_silu_backward(grad, x * alpha),), (result,), grad, x)
-    if not (-near <= alpha * least and alpha * greatest <= near):
-        _mend(result, near / alpha, exactly, x, grad)
+
+        def form(temporaries: Sequence[Tensor], results: Sequence[Tensor], grad: Tensor, x: Tensor) -> None:
+            if wide:
+                torch.mul(grad, _silu_parts(temporaries, x, alpha, True)[1], out=results[0])
+            else:
+                _silu_backward_into(grad, x.mul_(alpha), grad_input=results[0])
+
+        _in_blocks(form, 2 * wide, [result], grad, x)
+    if not (-near <= least and greatest <= near):
+        _mend(result, near, exactly, x, grad)
     return result
+
+
+def _sigmoid_of_16_bit(v: Tensor, x: Tensor, sign: float) -> Tensor:
+    """v·σ(sign·x) in 16 bit for x that are near, rounded once."""
+    result = _softplus_backward(v, x, sign, THRESHOLD)
+    if v.dtype is torch.bfloat16:
+        least, greatest = _extremes(v)
+        if not (least >= -LARGE and greatest <= LARGE):
+            _mend(result, LARGE, lambda v, x: formulas.weighted(v.float(), sign * x.float(), "sigmoid", 0), v, x)
+    return result
+
+
+def _silu_gradient(_: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    return grad * _silu_parts([torch.empty_like(x), torch.empty_like(x)], x, 1.0, True)[1]
 
 
 def sigmoid_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad·σ'(x), by σ(-|x|) for σ."""
-    if x.dtype in WIDE_DTYPES:
-        # In the memory of its result: on a CPU a large temporary costs more than the arithmetic.
-        smaller = _minus_abs(x).sigmoid_()
-        return _sigmoid_backward_into(grad, smaller, grad_input=smaller)
+
+    def form(_: Sequence[Tensor], results: Sequence[Tensor], grad: Tensor, x: Tensor) -> None:
+        smaller = _minus_abs(x, results[0]).sigmoid_()
+        _sigmoid_backward_into(grad, smaller, grad_input=smaller)
+
     result = torch.empty_like(x)
-    _in_blocks(lambda grad, x: (_sigmoid_backward(grad, _minus_abs(x).sigmoid_()),), (result,), grad, x)
+    if x.dtype in WIDE_DTYPES:
+        form((), (result,), grad, x)
+    else:
+        _in_blocks(form, 0, (result,), grad, x)
     return result
 
 
@@ -238,30 +305,39 @@ def sigmoid_gradient(grad: Tensor, x: Tensor) -> Tensor:
 Constants = tuple[str, float, float | None, float]
 
 
+@cache
+def _beyond(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The next numbers below `low` and above `high`."""
+    bounds = torch.tensor([low, high], dtype=dtype, device="cpu")
+    below, above = bounds.nextafter(bounds.new_tensor([-math.inf, math.inf])).tolist()
+    return below, above
+
+
 class Gate(NamedTuple):
-    """A·h(G): h is `function` with `alpha`, A is the operand plus `offset`, and `limit` clamps the operand and the gate first."""
+    """A·h(G): h is `function` with `alpha`; `limit` clamps the gate and the operand, to which A adds `offset`."""
 
     function: str
     alpha: float = 1.0
     limit: float | None = None
     offset: float = 0.0
+    # Whether the rounding of alpha·gate counts, as it does not in 16 bit.
+    exactly: bool = True
 
-    def operand(self, a: Tensor) -> Tensor:
+    def operand(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """A. A clamp lets a NaN through."""
         if self.limit is not None:
-            a = a.clamp(-self.limit, self.limit)
-        return a + self.offset if self.offset else a
+            a = torch.clamp(a, -self.limit, self.limit, out=out)
+        return torch.add(a, self.offset, out=out) if self.offset else a
 
-    def gate(self, g: Tensor) -> Tensor:
+    def gate(self, g: Tensor, out: Tensor | None = None) -> Tensor:
         """G."""
-        return g if self.limit is None else g.clamp(max=self.limit)
+        return g if self.limit is None else torch.clamp(g, max=self.limit, out=out)
 
     def past_clamp(self, grad: Tensor, x: Tensor, low: float) -> Tensor:
-        """The gradient where low ≤ x ≤ limit, else 0."""
+        """The gradient where low ≤ x ≤ limit, else 0; in place."""
         if self.limit is None:
             return grad
-        bounds = torch.tensor([low, self.limit], dtype=x.dtype)
-        return _hardtanh_backward(grad, x, *bounds.nextafter(bounds.new_tensor([-math.inf, math.inf])).tolist())
+        return _hardtanh_backward_into(grad, x, *_beyond(low, self.limit, x.dtype), grad_input=grad)
 
     def exact_value(self, g: Tensor, a: Tensor) -> Tensor:
         g, a = upcast(g), upcast(a)
@@ -276,26 +352,44 @@ class Gate(NamedTuple):
         to_gate = formulas.weighted(grad * self.operand(a), self.gate(g), self.function, 1, self.alpha)
         return self.past_clamp(to_gate, g, -math.inf)
 
-    def value(self, a: Tensor, g: Tensor, exactly: bool) -> Tensor:
-        """A·h(G) of fp32 or fp64 where no gate is far."""
-        value = _value(self.gate(g), self.function, self.alpha, exactly)
-        operand = self.operand(a)
-        return value.mul_(operand) if value.shape == operand.shape else operand * value
-
-    def gradients(self, grad: Tensor, a: Tensor, g: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
-        """The gradients of a and g, likewise."""
-        gate = self.gate(g)
-        to_gate = grad * self.operand(a)
+    def value(self, temporaries: Sequence[Tensor], results: Sequence[Tensor], a: Tensor, g: Tensor) -> None:
+        """A·h(G) of fp32 or fp64 where no gate is far; what 16 bit rounds away is not computed."""
+        result, *temporaries = (*results, *temporaries)
         if self.function == "sigmoid":
-            e = _minus_abs(gate).exp_()
-            to_operand = _logsigmoid_backward(grad, -gate, e)
-            smaller = e.div_(e + 1)
-            _sigmoid_backward_into(to_gate, smaller, grad_input=to_gate)
+            torch.mul(a, torch.sigmoid(g), out=result)
+            return
+        gate = self.gate(g, temporaries[0])
+        if self.alpha == 1:
+            _silu_into(gate, out=result)
         else:
-            sigma, slope = _silu_parts(gate, self.alpha, exactly)
+            torch.div(gate, _exp_minus(self.alpha, gate, self.exactly, *temporaries[1:]).add_(_one(g.dtype)), out=result)
+        result.mul_(self.operand(a, temporaries[0]))
+
+    def gradients(self, temporaries: Sequence[Tensor], results: Sequence[Tensor], grad: Tensor, a: Tensor, g: Tensor) -> None:
+        """The gradients of a and g, likewise."""
+        to_operand, to_gate = results
+        torch.mul(grad, self.operand(a, to_gate), out=to_gate)
+        e, other, *rest = temporaries
+        if self.function == "sigmoid":
+            _minus_abs(g, e).exp_()
+            _logsigmoid_backward_into(grad, torch.neg(g, out=other), e, grad_input=to_operand)
+            _sigmoid_backward_into(to_gate, e.div_(torch.add(e, _one(e.dtype), out=other)), grad_input=to_gate)
+            return
+        gate = self.gate(g, *rest)
+        if self.alpha == 1 and not self.exactly:
+            _silu_into(gate, out=to_operand).mul_(grad)
+            _silu_backward_into(to_gate, gate, grad_input=to_gate)
+        else:
+            sigma, slope = _silu_parts(temporaries, gate, self.alpha, self.exactly)
             to_gate.mul_(slope)
-            to_operand = sigma.mul_(gate).mul_(grad)
-        return self.past_clamp(to_operand, a, -(self.limit or 0.0)), self.past_clamp(to_gate, g, -math.inf)
+            torch.mul(sigma.mul_(gate), grad, out=to_operand)
+        self.past_clamp(to_operand, a, -(self.limit or 0.0))
+        self.past_clamp(to_gate, g, -math.inf)
+
+
+@cache
+def _gate(constants: Constants, exactly: bool) -> Gate:
+    return Gate(*constants, exactly=exactly)
 
 
 def _gate_is_near(gate: Gate, g: Tensor, upwards: bool) -> bool:
@@ -303,23 +397,21 @@ def _gate_is_near(gate: Gate, g: Tensor, upwards: bool) -> bool:
     near = NEAR[_arithmetic(g)] / gate.alpha
     if gate.limit is not None:
         greatest = min(greatest, gate.limit)
-    return -near <= least and (greatest <= near or not upwards and not math.isnan(greatest))
+    return -near <= least and (greatest <= near or (not upwards and not math.isnan(greatest)))
 
 
 def gate_value(a: Tensor, g: Tensor, constants: Constants) -> Tensor:
     """A·h(G); g has the shape of a, or is broadcast."""
-    gate, dtype = Gate(*constants), a.dtype
-    if dtype in WIDE_DTYPES:
-        result = gate.value(a, g, True)
-    elif gate == Gate("sigmoid") and a.shape == g.shape:
-        result = _softplus_backward(a, g, 1.0, THRESHOLD[torch.float32])
-        if dtype is torch.bfloat16:
-            least, greatest = _extremes(a)
-            if not (-LARGE[torch.float32] <= least and greatest <= LARGE[torch.float32]):
-                _mend(result, LARGE[torch.float32], lambda a, g: gate.exact_value(g, a), a, g)
+    dtype = a.dtype
+    gate = _gate(constants, dtype in WIDE_DTYPES)
+    plain = constants[1:] == (1.0, None, 0.0) and a.shape == g.shape
+    if plain and dtype in WIDE_DTYPES:
+        result = _FUSED[gate.function](g).mul_(a)
+    elif plain and gate.function == "sigmoid":
+        result = _sigmoid_of_16_bit(a, g, 1.0)
     else:
         result = torch.empty_like(a)
-        _in_blocks(lambda a, g: (gate.value(a, g, False),), (result,), a, g)
+        _in_blocks(gate.value, 3 * (gate.function == "silu"), [result], a, g)
     # Far up, only x·σ(alpha·x) loses digits: those of the product.
     if not _gate_is_near(gate, g, upwards=gate.alpha != 1):
         _mend(result, NEAR[_arithmetic(g)] / gate.alpha, gate.exact_value, gate.gate(g), a)
@@ -328,12 +420,8 @@ def gate_value(a: Tensor, g: Tensor, constants: Constants) -> Tensor:
 
 def gate_gradients(grad: Tensor, a: Tensor, g: Tensor, constants: Constants, results: Tensors) -> None:
     """Write the gradients of a and g into `results`; all have one shape."""
-    gate = Gate(*constants)
-    if a.dtype in WIDE_DTYPES:
-        for result, value in zip(results, gate.gradients(grad, a, g, True)):
-            result.copy_(value)
-    else:
-        _in_blocks(lambda grad, a, g: gate.gradients(grad, a, g, False), results, grad, a, g)
+    gate = _gate(constants, a.dtype in WIDE_DTYPES)
+    _in_blocks(gate.gradients, 2 + (gate.limit is not None), results, grad, a, g)
     if not _gate_is_near(gate, g, upwards=True):
         radius, clamped = NEAR[_arithmetic(g)] / gate.alpha, gate.gate(g)
         for result, exactly in zip(results, (gate.exact_to_operand, gate.exact_to_gate)):
@@ -342,15 +430,16 @@ def gate_gradients(grad: Tensor, a: Tensor, g: Tensor, constants: Constants, res
 
 def broadcast_gradients(grad: Tensor, a: Tensor, g: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
     """The gradients of a·σ(g) for a gate that is broadcast: σ' multiplies the sum."""
-    wide = upcast(g)
+    gate, wide = _gate(constants, True), upcast(g)
     to_operand = torch.empty_like(a)
-    torch.mul(grad, torch.sigmoid(wide), out=to_operand)
-    if not _gate_is_near(Gate(*constants), g, upwards=False):
+    _in_blocks(gate.value, 0, [to_operand], grad, g)
+    if not _gate_is_near(gate, g, upwards=False):
         _mend(to_operand, NEAR[wide.dtype], lambda g, grad: formulas.weighted(upcast(grad), upcast(g), "sigmoid", 0), g, grad)
     total = (upcast(grad) * a).sum_to_size(g.shape)
     to_gate = _sigmoid_backward(total, _minus_abs(wide).sigmoid_())
-    far = (wide.abs() > NEAR[wide.dtype]).logical_or_(~(total.abs() <= LARGE[wide.dtype]))
-    if far.any():
+    least, greatest = _extremes(total)
+    if not (least >= -LARGE and greatest <= LARGE and _gate_is_near(gate, g, upwards=True)):
+        far = (wide.abs() > NEAR[wide.dtype]).logical_or_(~(total.abs() <= LARGE))
         terms = formulas.weighted(upcast(grad) * a, wide, "sigmoid", 1)
         to_gate = torch.where(far, terms.sum_to_size(g.shape), to_gate)
     return to_operand, to_gate.to(g.dtype)
@@ -366,38 +455,53 @@ def weighted_loss(
 
     `sum_is_one` says that positive + negative is 1.
     """
-    e = _minus_abs(x).exp_()
-    if order or gamma:
-        wrong, right = _logsigmoid_backward(negative, -x, e), _logsigmoid_backward(positive, x, e)
-    if order and gamma:
-        smaller = e / (e + 1)
-    if order == 0 or gamma:
-        # |x| times what is wrong: the positive part below 0, the negative part above.
-        above = x.clamp(min=0)
-        below = above - x
-        loss = e.log1p_()
-        if sum_is_one:
-            loss.add_(torch.lerp(above, below, positive))
-        else:
-            loss.mul_(positive + negative).addcmul_(above, negative).addcmul_(below, positive)
-    if gamma:
-        power = wrong + right
-    if order:
-        result = wrong.sub_(right)
+
+    def form(temporaries: Sequence[Tensor], results: Sequence[Tensor], x: Tensor, *others: Tensor) -> None:
+        (result,), (e, *temporaries), (positive, negative, *factors) = results, temporaries, others
+        _minus_abs(x, e).exp_()
+        if order or gamma:
+            wrong, right, *temporaries = temporaries
+            _logsigmoid_backward_into(negative, torch.neg(x, out=right), e, grad_input=wrong)
+            _logsigmoid_backward_into(positive, x, e, grad_input=right)
+        if order and gamma:
+            # The derivative of (wrong + right)^γ, without γ and the next lower power.
+            smaller, slope, *temporaries = temporaries
+            torch.div(e, torch.add(e, _one(e.dtype), out=slope), out=smaller)
+            torch.sub(negative, positive, out=slope)
+            _sigmoid_backward_into(slope, smaller, grad_input=slope)
+        if order == 0 or gamma:
+            # |x| times what is wrong: the negative part above 0, the positive part below.
+            above, below = temporaries
+            torch.clamp(x, min=0.0, out=above)
+            torch.sub(above, x, out=below)
+            loss = e.log1p_()
+            if sum_is_one:
+                loss.add_(torch.lerp(above, below, positive, out=above))
+            else:
+                torch.addcmul(torch.mul(above, negative, out=above), below, positive, out=below)
+                torch.addcmul(below, loss, torch.add(positive, negative, out=above), out=loss)
+        if order:
+            torch.sub(wrong, right, out=result)
+            if gamma:
+                power = wrong.add_(right)
+                # Before the loss: its product with the slope may be subnormal where the quotient is not.
+                result.addcmul_(slope.div_(power), loss, value=gamma)
+        elif gamma:
+            power = wrong.add_(right)
+        for factor in factors:
+            # Before the power, with which the product may be subnormal where the product with v, too, is not.
+            torch.mul(result if order else loss, factor, out=result)
         if gamma:
-            # Before the loss: σ' may be as small as it, and the product of both be lost.
-            result.addcmul_(_sigmoid_backward(negative - positive, smaller).div_(power), loss, value=gamma)
-    else:
-        result = loss
-    if isinstance(v, Tensor):
-        # Before the power: the product with it may be subnormal where the product with v, too, is not.
-        result = result.mul_(v) if v.dim() == 0 or v.shape == result.shape else result * v
-    elif v != 1:
-        result.mul_(v)
-    if gamma:
-        result.mul_(power.pow_(gamma))
+            torch.mul(result if order or factors else loss, power.pow_(gamma), out=result)
+        elif not (order or factors):
+            result.copy_(loss)
+
+    factors = [v] if isinstance(v, Tensor) else [] if v == 1 else [torch.full((), v, dtype=x.dtype, device="cpu")]
+    result = torch.empty_like(x)
+    n_temporaries = 3 + 2 * (gamma != 0) + 2 * (gamma != 0 and order != 0)
+    _in_blocks(form, n_temporaries, (result,), x, positive, negative, *(each.expand(x.shape) for each in factors))
     least, greatest = _extremes(x)
-    if not (-LOSS_NEAR <= least and greatest <= LOSS_NEAR):
+    if not (least >= -LOSS_NEAR and greatest <= LOSS_NEAR):
 
         def exactly(x: Tensor, v: Tensor | float, positive: Tensor, negative: Tensor) -> Tensor:
             return formulas.weighted_loss(v, x, positive, negative, gamma, order, False)

@@ -92,10 +92,11 @@ class Loss(Operator):
             ignored = target == self.ignore_index
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
-        if order < 2 and eager.takes(x, positive, negative, *(each for each in (scale, v) if isinstance(each, Tensor))):
-            result = eager.weighted_loss(scale * v, x, positive, negative, self.gamma, order, pos_weight is None)
+        v = v if isinstance(scale, float) and scale == 1 else scale * v
+        if order < 2 and eager.takes(x, positive, negative, v if isinstance(v, Tensor) else None):
+            result = eager.weighted_loss(v, x, positive, negative, self.gamma, order, pos_weight is None)
         else:
-            result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+            result = weighted_loss(v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
 
     def count(self, target: Tensor) -> Tensor | None:
