@@ -9,7 +9,7 @@ in fp32, block by block, so that nothing is rounded between them and no wide cop
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import formulas
 from .dispatch import WIDE_DTYPES, Tensors, computes_eagerly
-from .formulas import NEAR, upcast
+from .formulas import NEAR, upcast, upcast_dtype
 
 _aten = torch.ops.aten
 _silu_backward: Callable[..., Tensor] = _aten.silu_backward.default
@@ -40,8 +40,9 @@ _FUSED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu
 
 # Beyond it 1 - σ is a quarter of an ulp of 1, and e^THRESHOLD·LARGE is finite.
 THRESHOLD, LARGE = 18.0, 2.0**100
-# silu_backward in fp32 loses x/4 ulp above, where 1 - σ cancels, and |x|/2 below, where grad·σ is subnormal.
-SILU_LOW, SILU_HIGH = -10.0, 8.0
+# silu_backward in fp32 loses |x|/2 ulp: above, where 1 - σ cancels, and below, where grad·σ is subnormal.
+SILU_NEAR = 8.0
+# The definitions of the losses lose nothing nearer than this.
 LOSS_NEAR = 64.0
 # Elements a block: smaller ones cost more calls than they save time in the cache, and torch gives a thread no fewer than 2¹⁵.
 BLOCK, OF_A_THREAD = 2**16, 2**15
@@ -78,6 +79,28 @@ def _minus_abs(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.abs(x, out=out).neg_()
 
 
+def block_size() -> int:
+    return max(BLOCK, OF_A_THREAD * torch.get_num_threads())
+
+
+def blocks_of(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same blocks of all tensors, along the first dimension of `first`; the others have its shape or broadcast to it."""
+    tensors, n, size = (first, *others), first.numel(), block_size()
+    if n <= size:
+        yield tensors
+        return
+    if first.dim() > 1 and all(each.shape == first.shape and each.is_contiguous() for each in tensors):
+        tensors = tuple(each.view(-1) for each in tensors)
+    rows, n_dims = tensors[0].size(0), tensors[0].dim()
+    length = max(1, size * rows // n)
+    yield from zip(
+        *(
+            each.split(length) if each.dim() == n_dims and each.size(0) == rows else [each] * -(-rows // length)
+            for each in tensors
+        )
+    )
+
+
 _kept: list[Tensor] = []
 
 
@@ -87,7 +110,7 @@ def _in_blocks(form: Form, n_temporaries: int, results: Sequence[Tensor], *opera
     In 16 bit, the form computes on fp32 copies of its blocks. Operands may be broadcast against the results.
     """
     first, n = results[0], results[0].numel()
-    dtype = _arithmetic(first)
+    dtype = upcast_dtype(first)
     if n < OF_A_THREAD:
         # Each tensor apart costs less than the parts of one.
         temporaries = [torch.empty(first.shape, dtype=dtype, device="cpu") for _ in range(n_temporaries)]
@@ -99,23 +122,13 @@ def _in_blocks(form: Form, n_temporaries: int, results: Sequence[Tensor], *opera
         for result, value in zip(results, wide):
             result.copy_(value)
         return
-    size = max(BLOCK, OF_A_THREAD * torch.get_num_threads())
-    parts: list[Sequence[Tensor]] = [[each] for each in (*results, *operands)]
-    if n > size:
-        if first.dim() > 1 and all(each.shape == first.shape and each.is_contiguous() for (each,) in parts):
-            parts = [[each.view(-1)] for (each,) in parts]
-        rows = parts[0][0].size(0)
-        length = max(1, size * rows // n)
-        # A gate that is broadcast along the first dimension has one row.
-        parts = [each.split(length) if each.size(0) == rows else [each] * -(-rows // length) for (each,) in parts]
-    n_results = len(results)
-    n_copies = len(parts) if dtype is not first.dtype else 0
+    n_results, n_copies = len(results), len(results) + len(operands) if dtype is not first.dtype else 0
     views: Sequence[Tensor] = ()
     try:
         memory = _kept.pop()
     except IndexError:
         memory = torch.empty(0, dtype=dtype, device="cpu")
-    for blocks in zip(*parts):
+    for blocks in blocks_of(*results, *operands):
         shape = blocks[0].shape
         if (n_copies + n_temporaries) and (not views or views[0].shape != shape):
             numel = (n_copies + n_temporaries) * blocks[0].numel()
@@ -131,7 +144,7 @@ def _in_blocks(form: Form, n_temporaries: int, results: Sequence[Tensor], *opera
         else:
             form(views, blocks[:n_results], *blocks[n_results:])
     # What inference mode has made cannot be written elsewhere.
-    if memory.numel() <= KEPT * size and not memory.is_inference():
+    if memory.numel() <= KEPT * block_size() and not memory.is_inference():
         _kept.append(memory)
 
 
@@ -188,10 +201,6 @@ def _silu_parts(temporaries: Sequence[Tensor], x: Tensor, alpha: float, exactly:
     return sigma, slope
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype.itemsize == 2 else x.dtype
-
-
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
     """`formulas.weighted`, by fused operators where nobody listens and they can; x is fp32 or fp64."""
     if order == 2 or alpha != 1 or not takes(x, v if isinstance(v, Tensor) else None):
@@ -230,7 +239,7 @@ def unary(x: Tensor, function: str, alpha: float) -> Tensor:
     else:
         result = _softplus_backward(x, x, alpha, THRESHOLD)
     least, greatest = _extremes(x)
-    near = NEAR[_arithmetic(x)] / alpha
+    near = NEAR[upcast_dtype(x)] / alpha
     if not (-near <= least and (alpha == 1 or greatest <= near)):
         _mend(result, near, lambda x: formulas.weighted(1.0, upcast(x), function, 0, alpha), x)
     return result
@@ -242,7 +251,7 @@ def unary_gradient(grad: Tensor, x: Tensor, function: str, alpha: float) -> Tens
     def exactly(x: Tensor, grad: Tensor) -> Tensor:
         return formulas.weighted(upcast(grad), upcast(x), function, 1, alpha)
 
-    dtype, wide = _arithmetic(x), x.dtype in WIDE_DTYPES
+    dtype, wide = upcast_dtype(x), x.dtype in WIDE_DTYPES
     least, greatest = _extremes(x)
     near = NEAR[dtype] / alpha
     if function == "logsigmoid":
@@ -252,9 +261,8 @@ def unary_gradient(grad: Tensor, x: Tensor, function: str, alpha: float) -> Tens
         return result
     if alpha == 1:
         result = _silu_backward(grad, x)
-        if wide and not (least >= SILU_LOW and greatest <= SILU_HIGH):
-            middle, radius = (SILU_HIGH + SILU_LOW) / 2, (SILU_HIGH - SILU_LOW) / 2
-            _mend(result, radius, _silu_gradient, x - middle, x, grad)
+        if wide and not (least >= -SILU_NEAR and greatest <= SILU_NEAR):
+            _mend(result, SILU_NEAR, _silu_gradient, x, grad)
     else:
         result = torch.empty_like(x)
 
@@ -280,7 +288,7 @@ def _sigmoid_of_16_bit(v: Tensor, x: Tensor, sign: float) -> Tensor:
     return result
 
 
-def _silu_gradient(_: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+def _silu_gradient(x: Tensor, grad: Tensor) -> Tensor:
     return grad * _silu_parts([torch.empty_like(x), torch.empty_like(x)], x, 1.0, True)[1]
 
 
@@ -394,7 +402,7 @@ def _gate(constants: Constants, exactly: bool) -> Gate:
 
 def _gate_is_near(gate: Gate, g: Tensor, upwards: bool) -> bool:
     least, greatest = _extremes(g)
-    near = NEAR[_arithmetic(g)] / gate.alpha
+    near = NEAR[upcast_dtype(g)] / gate.alpha
     if gate.limit is not None:
         greatest = min(greatest, gate.limit)
     return -near <= least and (greatest <= near or (not upwards and not math.isnan(greatest)))
@@ -414,7 +422,7 @@ def gate_value(a: Tensor, g: Tensor, constants: Constants) -> Tensor:
         _in_blocks(gate.value, 3 * (gate.function == "silu"), [result], a, g)
     # Far up, only x·σ(alpha·x) loses digits: those of the product.
     if not _gate_is_near(gate, g, upwards=gate.alpha != 1):
-        _mend(result, NEAR[_arithmetic(g)] / gate.alpha, gate.exact_value, gate.gate(g), a)
+        _mend(result, NEAR[upcast_dtype(g)] / gate.alpha, gate.exact_value, gate.gate(g), a)
     return result
 
 
@@ -423,7 +431,7 @@ def gate_gradients(grad: Tensor, a: Tensor, g: Tensor, constants: Constants, res
     gate = _gate(constants, a.dtype in WIDE_DTYPES)
     _in_blocks(gate.gradients, 2 + (gate.limit is not None), results, grad, a, g)
     if not _gate_is_near(gate, g, upwards=True):
-        radius, clamped = NEAR[_arithmetic(g)] / gate.alpha, gate.gate(g)
+        radius, clamped = NEAR[upcast_dtype(g)] / gate.alpha, gate.gate(g)
         for result, exactly in zip(results, (gate.exact_to_operand, gate.exact_to_gate)):
             _mend(result, radius, lambda _, g, grad, a, exactly=exactly: exactly(g, grad, a), clamped, g, grad, a)
 
@@ -435,7 +443,8 @@ def broadcast_gradients(grad: Tensor, a: Tensor, g: Tensor, constants: Constants
     _in_blocks(gate.value, 0, [to_operand], grad, g)
     if not _gate_is_near(gate, g, upwards=False):
         _mend(to_operand, NEAR[wide.dtype], lambda g, grad: formulas.weighted(upcast(grad), upcast(g), "sigmoid", 0), g, grad)
-    total = (upcast(grad) * a).sum_to_size(g.shape)
+    product = grad * a if grad.dtype in WIDE_DTYPES else grad.float().mul_(a)
+    total = product.sum_to_size(g.shape)
     to_gate = _sigmoid_backward(total, _minus_abs(wide).sigmoid_())
     least, greatest = _extremes(total)
     if not (least >= -LARGE and greatest <= LARGE and _gate_is_near(gate, g, upwards=True)):
@@ -457,7 +466,8 @@ def weighted_loss(
     """
 
     def form(temporaries: Sequence[Tensor], results: Sequence[Tensor], x: Tensor, *others: Tensor) -> None:
-        (result,), (e, *temporaries), (positive, negative, *factors) = results, temporaries, others
+        (result,), (positive, negative, *factors) = results, others
+        e, *temporaries = temporaries if order else (result, *temporaries)
         _minus_abs(x, e).exp_()
         if order or gamma:
             wrong, right, *temporaries = temporaries
@@ -490,15 +500,13 @@ def weighted_loss(
             power = wrong.add_(right)
         for factor in factors:
             # Before the power, with which the product may be subnormal where the product with v, too, is not.
-            torch.mul(result if order else loss, factor, out=result)
+            result.mul_(factor)
         if gamma:
-            torch.mul(result if order or factors else loss, power.pow_(gamma), out=result)
-        elif not (order or factors):
-            result.copy_(loss)
+            result.mul_(power.pow_(gamma))
 
     factors = [v] if isinstance(v, Tensor) else [] if v == 1 else [torch.full((), v, dtype=x.dtype, device="cpu")]
     result = torch.empty_like(x)
-    n_temporaries = 3 + 2 * (gamma != 0) + 2 * (gamma != 0 and order != 0)
+    n_temporaries = (3 + 4 * (gamma != 0)) if order else (2 + 2 * (gamma != 0))
     _in_blocks(form, n_temporaries, (result,), x, positive, negative, *(each.expand(x.shape) for each in factors))
     least, greatest = _extremes(x)
     if not (least >= -LOSS_NEAR and greatest <= LOSS_NEAR):

@@ -29,6 +29,10 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
+def upcast_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype.itemsize == 2 else x.dtype
+
+
 def smaller_sigmoid(x: Tensor) -> Tensor:
     """σ(-|x|); `where` in place of `abs` keeps derivatives of every order right at x = 0."""
     return torch.sigmoid(torch.where(x < 0, x, -x))

@@ -30,7 +30,7 @@ from .checks import (
     weight_for,
 )
 from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
-from .formulas import upcast, weighted_loss
+from .formulas import upcast, upcast_dtype, weighted_loss
 from .internals import legacy_reduction
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Loss(Operator):
         pos_weight: Tensor | None,
         targets_vary: bool,
     ) -> Tensor:
-        """scale·v·ℓ(x), or of its `order`th derivative in x; 0 where ignored. `x` is fp32 or fp64."""
+        """scale·v·ℓ(x), or of its `order`th derivative in x, in fp32 or fp64; 0 where ignored."""
+        x = upcast(x)
         if self.ignore_index is not None:
             # Whatever is there, its derivatives are to be 0 and not NaN.
             ignored = target == self.ignore_index
@@ -98,6 +99,28 @@ class Loss(Operator):
         else:
             result = weighted_loss(v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
+
+    def elements_in_blocks(
+        self,
+        order: int,
+        scale: Tensor | float,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The same in `dtype` on a CPU, without a temporary of the size of x."""
+        if x.numel() <= eager.block_size():
+            return self.elements(order, scale, x, target, weight, pos_weight, False).to(dtype)
+        result = torch.empty_like(x, dtype=dtype)
+        given = (scale, x, target, weight, pos_weight)
+        for block, *others in eager.blocks_of(result, *(each for each in given if isinstance(each, Tensor))):
+            parts = iter(others)
+            arguments: list[Any] = [next(parts) if isinstance(each, Tensor) else each for each in given]
+            scale, x, target, weight, pos_weight = arguments
+            block.copy_(self.elements(order, scale, x, target, weight, pos_weight, False))
+        return result
 
     def count(self, target: Tensor) -> Tensor | None:
         """What a mean is divided by, where that is not the number of elements."""
@@ -115,7 +138,10 @@ class Loss(Operator):
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self._value(x.unsqueeze(0), target.unsqueeze(0), weight, pos_weight, targets_vary).reshape(())
-        elements = self.elements(0, 1.0, upcast(x), target, weight, pos_weight, targets_vary)
+        if not targets_vary and eager.takes(x, target, weight, pos_weight):
+            elements = self.elements_in_blocks(0, 1.0, x, target, weight, pos_weight, upcast_dtype(x))
+        else:
+            elements = self.elements(0, 1.0, x, target, weight, pos_weight, targets_vary)
         return self.reduced(elements, self.count(target)).to(self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
@@ -136,9 +162,8 @@ class Loss(Operator):
         pos_weight: Tensor | None,
         count: Tensor | None,
     ) -> tuple[Tensor]:
-        wide = upcast(x)
-        grad = self.upstream(grad_output.to(wide.dtype), x, count)
-        return (self.elements(1, grad, wide, target, weight, pos_weight, False).to(x.dtype),)
+        grad = self.upstream(grad_output.to(upcast_dtype(x)), x, count)
+        return (self.elements(1, grad, x, target, weight, pos_weight, False).to(x.dtype),)
 
     def double_backward_formula(
         self,
@@ -171,6 +196,10 @@ class Loss(Operator):
     def backward(self, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor]:
         if x.numel() and launchable(x, grad_output, *others):
             return (kernels.losses.loss_backward(grad_output, x, *others, self),)
+        if eager.takes(x, grad_output, *others):
+            target, weight, pos_weight, count = others
+            grad = self.upstream(grad_output.to(upcast_dtype(x)), x, count)
+            return (self.elements_in_blocks(1, grad, x, target, weight, pos_weight, x.dtype),)
         return self.backward_formula(grad_output, x, *others)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
