@@ -148,6 +148,7 @@ def size_around(function, x):
 # Names
 
 ONLY_IN_TORCH = {
+    "upcast_dtype": "a kernel asks the pointer",
     "smaller_sigmoid": "σ(-|x|): a kernel has e^-|x| at hand",
     "sigmoid_grad_from_input": "a kernel takes `weighted` of order 1",
 }

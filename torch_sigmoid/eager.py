@@ -197,7 +197,8 @@ def _silu_parts(temporaries: Sequence[Tensor], x: Tensor, alpha: float, exactly:
     e, sigma = temporaries[:2]
     _exp_minus(alpha, x, exactly, e, sigma)
     torch.add(e, _one(e.dtype), out=sigma).reciprocal_()
-    slope = torch.addcmul(sigma, sigma, e.mul_(sigma).mul_(x), value=alpha, out=e)
+    ratio = torch.add(_one(x.dtype), e.mul_(sigma).mul_(x), alpha=alpha, out=e)
+    slope = ratio.mul_(sigma)
     return sigma, slope
 
 
