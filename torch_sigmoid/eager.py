@@ -89,8 +89,8 @@ def blocks_of(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if n <= size:
         yield tensors
         return
-    if first.dim() > 1 and all(each.shape == first.shape and each.is_contiguous() for each in tensors):
-        tensors = tuple(each.view(-1) for each in tensors)
+    if first.dim() > 1 and all(each.dim() == 0 or (each.shape == first.shape and each.is_contiguous()) for each in tensors):
+        tensors = tuple(each.view(-1) if each.dim() else each for each in tensors)
     rows, n_dims = tensors[0].size(0), tensors[0].dim()
     length = max(1, size * rows // n)
     yield from zip(
@@ -113,11 +113,11 @@ def _in_blocks(form: Form, n_temporaries: int, results: Sequence[Tensor], *opera
     dtype = upcast_dtype(first)
     if n < OF_A_THREAD:
         # Each tensor apart costs less than the parts of one.
-        temporaries = [torch.empty(first.shape, dtype=dtype, device="cpu") for _ in range(n_temporaries)]
+        temporaries = [torch.empty_like(first, dtype=dtype) for _ in range(n_temporaries)]
         if dtype is first.dtype:
             form(temporaries, results, *operands)
             return
-        wide = [torch.empty(first.shape, dtype=dtype, device="cpu") for _ in results]
+        wide = [torch.empty_like(first, dtype=dtype) for _ in results]
         form(temporaries, wide, *map(torch.Tensor.float, operands))
         for result, value in zip(results, wide):
             result.copy_(value)

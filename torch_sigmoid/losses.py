@@ -85,6 +85,7 @@ class Loss(Operator):
         weight: Tensor | None,
         pos_weight: Tensor | None,
         targets_vary: bool,
+        by_fused: bool = False,
     ) -> Tensor:
         """scale·v·ℓ(x), or of its `order`th derivative in x, in fp32 or fp64; 0 where ignored."""
         x = upcast(x)
@@ -94,13 +95,13 @@ class Loss(Operator):
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
         v = v if isinstance(scale, float) and scale == 1 else scale * v
-        if order < 2 and eager.takes(x, positive, negative, v if isinstance(v, Tensor) else None):
+        if by_fused:
             result = eager.weighted_loss(v, x, positive, negative, self.gamma, order, pos_weight is None)
         else:
             result = weighted_loss(v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
 
-    def elements_in_blocks(
+    def values(
         self,
         order: int,
         scale: Tensor | float,
@@ -110,16 +111,18 @@ class Loss(Operator):
         pos_weight: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The same in `dtype` on a CPU, without a temporary of the size of x."""
-        if x.numel() <= eager.block_size():
+        """The same in `dtype`; on a CPU where nobody listens, by fused operators and without a temporary of the size of x."""
+        if not eager.takes(x, target, weight, pos_weight, scale if isinstance(scale, Tensor) else None):
             return self.elements(order, scale, x, target, weight, pos_weight, False).to(dtype)
+        if x.numel() <= eager.block_size():
+            return self.elements(order, scale, x, target, weight, pos_weight, False, by_fused=True).to(dtype)
         result = torch.empty_like(x, dtype=dtype)
         given = (scale, x, target, weight, pos_weight)
         for block, *others in eager.blocks_of(result, *(each for each in given if isinstance(each, Tensor))):
             parts = iter(others)
             arguments: list[Any] = [next(parts) if isinstance(each, Tensor) else each for each in given]
             scale, x, target, weight, pos_weight = arguments
-            block.copy_(self.elements(order, scale, x, target, weight, pos_weight, False))
+            block.copy_(self.elements(order, scale, x, target, weight, pos_weight, False, by_fused=True))
         return result
 
     def count(self, target: Tensor) -> Tensor | None:
@@ -138,10 +141,10 @@ class Loss(Operator):
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self._value(x.unsqueeze(0), target.unsqueeze(0), weight, pos_weight, targets_vary).reshape(())
-        if not targets_vary and eager.takes(x, target, weight, pos_weight):
-            elements = self.elements_in_blocks(0, 1.0, x, target, weight, pos_weight, upcast_dtype(x))
-        else:
+        if targets_vary:
             elements = self.elements(0, 1.0, x, target, weight, pos_weight, targets_vary)
+        else:
+            elements = self.values(0, 1.0, x, target, weight, pos_weight, upcast_dtype(x))
         return self.reduced(elements, self.count(target)).to(self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
@@ -163,7 +166,7 @@ class Loss(Operator):
         count: Tensor | None,
     ) -> tuple[Tensor]:
         grad = self.upstream(grad_output.to(upcast_dtype(x)), x, count)
-        return (self.elements(1, grad, x, target, weight, pos_weight, False).to(x.dtype),)
+        return (self.values(1, grad, x, target, weight, pos_weight, x.dtype),)
 
     def double_backward_formula(
         self,
@@ -178,7 +181,7 @@ class Loss(Operator):
         (w,), wide = grads, upcast(x)
         w = self.upstream(w.to(wide.dtype), x, count)
         to_x = self.elements(2, w * grad_output.to(w.dtype), wide, target, weight, pos_weight, False)
-        to_grad_output = self.elements(1, w, wide, target, weight, pos_weight, False)
+        to_grad_output = self.values(1, w, x, target, weight, pos_weight, w.dtype)
         if self.reduction != "none":
             to_grad_output = to_grad_output.sum()
         return to_grad_output.to(grad_output.dtype), to_x.to(x.dtype)
@@ -196,10 +199,6 @@ class Loss(Operator):
     def backward(self, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor]:
         if x.numel() and launchable(x, grad_output, *others):
             return (kernels.losses.loss_backward(grad_output, x, *others, self),)
-        if eager.takes(x, grad_output, *others):
-            target, weight, pos_weight, count = others
-            grad = self.upstream(grad_output.to(upcast_dtype(x)), x, count)
-            return (self.elements_in_blocks(1, grad, x, target, weight, pos_weight, x.dtype),)
         return self.backward_formula(grad_output, x, *others)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
