@@ -148,8 +148,9 @@ def size_around(function, x):
 # Names
 
 ONLY_IN_TORCH = {
+    "upcast_dtype": "a kernel asks the pointer",
     "smaller_sigmoid": "σ(-|x|): a kernel has e^-|x| at hand",
-    "rounded": "a kernel rounds as it stores",
+    "narrowed": "a kernel rounds as it stores",
     "value": "a kernel takes `weighted` of order 0",
     "sigmoid_grad_from_input": "a kernel takes `weighted` of order 1",
 }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import dispatch, kernels
+from . import dispatch, eager, kernels
 from .dispatch import (
     MAX_LIKENESSES,
     NOBODY,
@@ -97,6 +97,8 @@ def sigmoid_gradient(grad_output: Tensor, saved: Tensor, save: Save) -> Tensor:
     if asks_library(saved):
         gradient = library().OPERATORS["sigmoid", 1](grad_output, saved, save)
         return gradient
+    if save == "input" and eager.takes(saved, grad_output):
+        return eager.sigmoid_gradient(grad_output, saved)
     return sigmoid_gradient_formula(grad_output, saved, save)
 
 

@@ -259,9 +259,15 @@ def promote(likenesses: list[Likeness], found: Likeness) -> None:
     likenesses[:] = [found, *(each for each in likenesses if each is not found)]
 
 
-def computes_eagerly(*tensors: Tensor) -> bool:
+def computes_eagerly(*tensors: Tensor | None) -> bool:
     """Whether operators on these tensors compute now and are seen by nobody, so that temporaries may be overwritten."""
-    return listener() == NOBODY and not modes_listen() and all(map(has_plain_storage, tensors))
+    if listener() != NOBODY or modes_listen():
+        return False
+    # A loop costs half of what `all` does.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and not has_plain_storage(tensor):
+            return False
+    return True
 
 
 def is_ours(tensor: Tensor) -> bool:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import computes_eagerly
+from .dispatch import compiles_reverse_mode
 
 aten_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.default
-_sigmoid_backward_into: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
 
 # As in maths.py: an infinite x would make 0·∞ of a limit, and e^-|x| is subnormal where a product with it is not.
 FAR = 1000.0
@@ -24,10 +23,7 @@ SHIFTS = {torch.float32: (75.875, 81.0), torch.float64: (690.0, 700.0)}
 NEAR = {torch.float32: 80.0, torch.float64: 700.0}
 # 8 bits of γ times a step of 1/64 of log u is exact in fp32, and what is left of either is small.
 GAMMA_BITS, LOG_STEPS = 8, 64.0
-# Nearer than this torch's fused operators lose nothing.
-FUSED_WITHIN = 64.0
-# The upper half of a number: how many bits, and the integer that masks it out of those of its memory.
-HALVES = {torch.float32: (12, torch.int32, -(1 << 12)), torch.float64: (26, torch.int64, -(1 << 27))}
+BITS_OF_HALF = {torch.float32: 12, torch.float64: 26}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -35,7 +31,12 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def upcast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on x."""
+    return torch.float32 if x.dtype.itemsize == 2 else x.dtype
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, for the value of a compiled Function. If `to` gives back its own tensor, torch 2.11 loses the gradient."""
     return x if x.dtype is dtype else x.to(dtype)
 
@@ -65,10 +66,6 @@ def sigmoid_grad_from_output(grad_output: Tensor, sigma: Tensor) -> Tensor:
 
 def sigmoid_grad_from_input(grad_output: Tensor, x: Tensor) -> Tensor:
     """grad·σ'(x), by σ(-|x|) for σ."""
-    if x.dtype is torch.float32 and computes_eagerly(x, grad_output):
-        # In the memory of its result: on a CPU a large temporary costs more than the arithmetic.
-        smaller = x.abs().neg_().sigmoid_()
-        return _sigmoid_backward_into(grad_output, smaller, grad_input=smaller)
     return aten_sigmoid_backward(grad_output, smaller_sigmoid(x))
 
 
@@ -82,14 +79,16 @@ def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
     # An infinite product would have lost NaN.
     x = x.clamp(-FAR / alpha, FAR / alpha)
     rounded = alpha * x
+    x = x.detach()
+    if x.dtype is torch.float32 and not compiles_reverse_mode():
+        return rounded, (alpha * x.double() - rounded.detach().double()).float()
     # Dekker's exact product: of halves, whose products are exact. What x's dtype has not of alpha comes after it.
-    bits, *_ = HALVES[x.dtype]
     own = rounded_to(24, alpha) if x.dtype is torch.float32 else alpha
-    alpha_high = rounded_to(bits, own)
+    alpha_high = rounded_to(BITS_OF_HALF[x.dtype], own)
     alpha_low = own - alpha_high
-    x_high, x_low = _halves(x.detach())
+    x_high, x_low = _halves(x)
     lost = x_high * alpha_high - rounded.detach() + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
-    return rounded, lost if own == alpha else lost + (alpha - own) * x.detach()
+    return rounded, lost if own == alpha else lost + (alpha - own) * x
 
 
 def rounded_to(bits: int, number: float) -> float:
@@ -98,9 +97,15 @@ def rounded_to(bits: int, number: float) -> float:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as a sum of two numbers of half as many bits, cut by its bits: a compiler may fuse arithmetic that would round it."""
-    _, integer, mask = HALVES[x.dtype]
-    high = (x.view(integer) & mask).view(x.dtype)
+    """x as a sum of two numbers of half as many bits each."""
+    bits = BITS_OF_HALF[x.dtype]
+    if compiles_reverse_mode():
+        # A compiler may fuse the other form's arithmetic, and then it does not round.
+        integer, n_dropped = (torch.int32, 12) if x.dtype is torch.float32 else (torch.int64, 27)
+        high = (x.view(integer) & -(1 << n_dropped)).view(x.dtype)
+    else:
+        shifted = x * (2.0 ** (bits + 1) + 1)
+        high = shifted - (shifted - x)
     return high, x - high
 
 
@@ -146,17 +151,7 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: flo
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    if order < 2 and x.device.type == "cpu" and computes_eagerly(x):
-        return _weighted_by_fused(v, x, *_gate(alpha, x), function, order, alpha)
-    return _weighted(v, x, function, order, alpha)
-
-
-def _gate(alpha: float, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return (x, None) if alpha == 1 else product(alpha, x)
-
-
-def _weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float) -> Tensor:
-    gate, lost = _gate(alpha, x)
+    gate, lost = (x, None) if alpha == 1 else product(alpha, x)
     below = gate < 0
     e, scale = exp_minus_abs(gate, lost)
     tail = e * scale
@@ -182,39 +177,6 @@ def _weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: fl
     return v * (alpha * e * (2 * one_plus - distance * (1 - tail)) / (square * one_plus)) * scale
 
 
-def _weighted_by_fused(
-    v: Tensor | float, x: Tensor, gate: Tensor, lost: Tensor | None, function: str, order: int, alpha: float
-) -> Tensor:
-    """`_weighted` for values alone, by torch's fused operators where an element is near: at a fraction of its cost on a CPU."""
-    if order == 0 and lost is None:
-        fused: dict[str, Callable[..., Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "logsigmoid": F.logsigmoid}
-        result = v * fused[function](x)
-    elif function == "sigmoid":
-        result = aten_sigmoid_backward(torch.as_tensor(v, dtype=x.dtype), x.abs().neg_().sigmoid_())
-    else:
-        sigma = torch.sigmoid(gate)
-        if lost is not None:
-            # σ(gate + lost), whose logarithm changes by lost·(1 - σ).
-            sigma.addcmul_(lost.mul_(sigma), 1 - sigma)
-        if order == 0:
-            result = v * sigma.mul_(x)
-        else:
-            result = v * torch.sigmoid(-gate).mul_(gate.clamp(max=FAR)).add_(1).mul_(sigma)
-    # σ' is lost at both ends, the others below only. A NaN is not far: it has made a NaN.
-    far = gate < -FUSED_WITHIN
-    if function == "sigmoid" and order:
-        far |= gate > FUSED_WITHIN
-    return _exactly_where(far, result, lambda v, x: _weighted(v, x, function, order, alpha), v, x)
-
-
-def _exactly_where(far: Tensor, result: Tensor, exactly: Callable[..., Tensor], *operands: Tensor | float) -> Tensor:
-    """The result, computed again by `exactly` for the elements that are far, so that none depends on another's value."""
-    if far.any():
-        far = far.expand(result.shape)
-        result[far] = exactly(*(each.expand(result.shape)[far] if isinstance(each, Tensor) else each for each in operands))
-    return result
-
-
 def exp_of_product(gamma: float, first: Tensor, second: Tensor) -> Tensor:
     """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
     steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
@@ -233,23 +195,6 @@ def weighted_loss(
     Differentiable in v and x; for order 0 and `targets_vary` in positive and negative too. v multiplies the sum and not its
     terms, one of which may be 0: so an infinite v makes a loss above 0 infinite, as in torch, and not NaN.
     """
-    if order < 2 and x.device.type == "cpu" and computes_eagerly(x):
-        result = _loss_by_fused(v, x, positive, negative, gamma, order)
-        return _exactly_where(
-            x.abs() > FUSED_WITHIN,
-            result,
-            lambda v, x, positive, negative: _weighted_loss(v, x, positive, negative, gamma, order, targets_vary),
-            v,
-            x,
-            positive,
-            negative,
-        )
-    return _weighted_loss(v, x, positive, negative, gamma, order, targets_vary)
-
-
-def _weighted_loss(
-    v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int, targets_vary: bool
-) -> Tensor:
     above = x >= 0
     distance = torch.where(above, x, -x)
     near = distance.clamp(max=FAR)
@@ -298,22 +243,3 @@ def _weighted_loss(
             bend = (gamma - 1) * q * torch.where(clear, 1.0, scale) - (1 - tail) / one_plus
             result = result + gamma * q * (2 * slope + loss * bend)
     return torch.where(above, result, -result) * scale if order == 1 else result * scale
-
-
-def _loss_by_fused(v: Tensor | float, x: Tensor, positive: Tensor, negative: Tensor, gamma: float, order: int) -> Tensor:
-    """`_weighted_loss` of order 0 or 1 from the definitions, by torch's fused operators: for near elements, on a CPU."""
-    if order or gamma:
-        p, q = torch.sigmoid(x), torch.sigmoid(-x)
-    if order == 0 or gamma:
-        linear = negative * x.clamp(min=0) - positive * x.clamp(max=0)
-        loss = torch.addcmul(linear, positive + negative, F.logsigmoid(x.abs()), value=-1)
-    result = loss if order == 0 else torch.addcmul(negative * p, positive, q, value=-1)
-    if gamma:
-        u = torch.addcmul(positive * q, negative, p)
-        if order:
-            result.addcmul_(loss.mul_(negative - positive), p.mul_(q).div_(u), value=gamma)
-        power = u.pow_(gamma)
-    if not (isinstance(v, float) and v == 1):
-        # Before the power: the product with it may be subnormal where the product with v, too, is not.
-        result = v * result
-    return result.mul_(power) if gamma else result

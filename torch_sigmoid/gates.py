@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import kernels
+from . import eager, kernels
 from .autograd import Operator, record
 from .checks import (
     DENSE_FLOATS,
@@ -30,7 +30,8 @@ from .checks import (
     promoted,
 )
 from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
-from .formulas import rounded, upcast, value, weighted
+from .eager import weighted
+from .formulas import narrowed, upcast, value
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class Unary(Operator):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if launchable(x):
             return (kernels.gates.unary_forward(x, self.function, self.alpha),)
+        if eager.takes(x):
+            return (eager.unary(x, self.function, self.alpha),)
         return (self.formula(x),)
 
     def backward(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
         if launchable(x, grad_output):
             return (kernels.gates.unary_backward(grad_output, x, self.function, self.alpha),)
+        if eager.takes(x, grad_output):
+            return (eager.unary_gradient(grad_output, x, self.function, self.alpha),)
         return self.backward_formula(grad_output, x)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, x: Tensor) -> Tensors:
@@ -67,7 +72,7 @@ class Unary(Operator):
         return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
 
     def value_formula(self, x: Tensor) -> tuple[Tensor]:
-        return (rounded(value(upcast(x), self.function, self.alpha), x.dtype),)
+        return (narrowed(value(upcast(x), self.function, self.alpha), x.dtype),)
 
     def plain(self, x: Tensor) -> Tensor:
         if self.function == "logsigmoid":
@@ -129,17 +134,22 @@ class Gated(Operator):
         a, g = self.parts(tensors)
         if launchable(a, g) and a.numel():
             return (kernels.gates.gate_forward(a, g, self.constants),)
+        if eager.takes(a, g):
+            return (eager.gate_value(a, g, self.constants),)
         return (self.formula(*tensors),)
 
     def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         a, g = self.parts(tensors)
-        if not (launchable(a, g, grad_output) and a.numel()):
+        launches = launchable(a, g, grad_output) and a.numel()
+        if not (launches or eager.takes(a, g, grad_output)):
             return self.backward_formula(grad_output, *tensors)
-        if a.shape == g.shape:
-            grads, out = self.memory_for(tensors)
-            kernels.gates.gate_backward(grad_output, a, g, self.constants, out)
-            return grads
-        return self.whole(*kernels.gates.broadcast_backward(grad_output, a, g, self.constants))
+        if a.shape != g.shape:
+            broadcast_backward = kernels.gates.broadcast_backward if launches else eager.broadcast_gradients
+            return self.whole(*broadcast_backward(grad_output, a, g, self.constants))
+        grads, out = self.memory_for(tensors)
+        gate_backward = kernels.gates.gate_backward if launches else eager.gate_gradients
+        gate_backward(grad_output, a, g, self.constants, out)
+        return grads
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (v, w), (a, g) = self.parts(grads), self.parts(tensors)
@@ -176,7 +186,7 @@ class Gated(Operator):
 
     def value_formula(self, *tensors: Tensor) -> tuple[Tensor]:
         a, g = map(upcast, self.parts(tensors))
-        return (rounded(self._operand(a) * value(self._gate(g), self.function, self.alpha), tensors[0].dtype),)
+        return (narrowed(self._operand(a) * value(self._gate(g), self.function, self.alpha), tensors[0].dtype),)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         if self.function == "sigmoid" and self.dim is not None:
@@ -236,13 +246,13 @@ class Interleaved(Gated):
         (packed,) = tensors
         if launchable(packed) and packed.numel():
             return (kernels.interleaved.forward(packed, self.constants),)
-        return (self.formula(packed),)
+        return super().forward(packed)
 
     def backward(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (packed,) = tensors
         if launchable(packed, grad_output) and packed.numel():
             return (kernels.interleaved.backward(grad_output, packed, self.constants),)
-        return self.backward_formula(grad_output, packed)
+        return super().backward(grad_output, packed)
 
     def double_backward(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
         (grad,), (packed,) = grads, tensors

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import eager, kernels
 from .autograd import Operator, record
 from .checks import (
     DENSE_FLOATS,
@@ -30,7 +30,7 @@ from .checks import (
     weight_for,
 )
 from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
-from .formulas import rounded, upcast, weighted_loss
+from .formulas import narrowed, upcast, upcast_dtype, weighted_loss
 from .internals import legacy_reduction
 
 if TYPE_CHECKING:
@@ -85,15 +85,45 @@ class Loss(Operator):
         weight: Tensor | None,
         pos_weight: Tensor | None,
         targets_vary: bool,
+        by_fused: bool = False,
     ) -> Tensor:
-        """scale·v·ℓ(x), or of its `order`th derivative in x; 0 where ignored. `x` is fp32 or fp64."""
+        """scale·v·ℓ(x), or of its `order`th derivative in x, in fp32 or fp64; 0 where ignored."""
+        x = upcast(x)
         if self.ignore_index is not None:
             # Whatever is there, its derivatives are to be 0 and not NaN.
             ignored = target == self.ignore_index
             x, target = torch.where(ignored, 0.0, x), torch.where(ignored, 0, target)
         v, positive, negative = self.parts(x, target, weight, pos_weight)
-        result = weighted_loss(scale * v, x, positive, negative, self.gamma, order, targets_vary)
+        v = v if isinstance(scale, float) and scale == 1 else scale * v
+        if by_fused:
+            result = eager.weighted_loss(v, x, positive, negative, self.gamma, order, pos_weight is None)
+        else:
+            result = weighted_loss(v, x, positive, negative, self.gamma, order, targets_vary)
         return result if self.ignore_index is None else torch.where(ignored, 0.0, result)
+
+    def values(
+        self,
+        order: int,
+        scale: Tensor | float,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The same in `dtype`; on a CPU where nobody listens, by fused operators and without a temporary of the size of x."""
+        if not eager.takes(x, target, weight, pos_weight, scale if isinstance(scale, Tensor) else None):
+            return narrowed(self.elements(order, scale, x, target, weight, pos_weight, False), dtype)
+        if x.numel() <= eager.block_size():
+            return self.elements(order, scale, x, target, weight, pos_weight, False, by_fused=True).to(dtype)
+        result = torch.empty_like(x, dtype=dtype)
+        given = (scale, x, target, weight, pos_weight)
+        for block, *others in eager.blocks_of(result, *(each for each in given if isinstance(each, Tensor))):
+            parts = iter(others)
+            arguments: list[Any] = [next(parts) if isinstance(each, Tensor) else each for each in given]
+            scale, x, target, weight, pos_weight = arguments
+            block.copy_(self.elements(order, scale, x, target, weight, pos_weight, False, by_fused=True))
+        return result
 
     def count(self, target: Tensor) -> Tensor | None:
         """What a mean is divided by, where that is not the number of elements."""
@@ -110,9 +140,12 @@ class Loss(Operator):
     def _value(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, targets_vary: bool) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
-            return self._value(x.unsqueeze(0), target, weight, pos_weight, targets_vary).reshape(())
-        elements = self.elements(0, 1.0, upcast(x), target, weight, pos_weight, targets_vary)
-        return rounded(self.reduced(elements, self.count(target)), self.dtype)
+            return self._value(x.unsqueeze(0), target.unsqueeze(0), weight, pos_weight, targets_vary).reshape(())
+        if targets_vary:
+            elements = self.elements(0, 1.0, x, target, weight, pos_weight, targets_vary)
+        else:
+            elements = self.values(0, 1.0, x, target, weight, pos_weight, upcast_dtype(x))
+        return narrowed(self.reduced(elements, self.count(target)), self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
         """The gradient that reaches each element."""
@@ -140,9 +173,8 @@ class Loss(Operator):
         pos_weight: Tensor | None,
         count: Tensor | None,
     ) -> tuple[Tensor]:
-        wide = upcast(x)
-        grad = self.upstream(grad_output.to(wide.dtype), x, count)
-        return (self.elements(1, grad, wide, target, weight, pos_weight, False).to(x.dtype),)
+        grad = self.upstream(grad_output.to(upcast_dtype(x)), x, count)
+        return (self.values(1, grad, x, target, weight, pos_weight, x.dtype),)
 
     def double_backward_formula(
         self,
@@ -157,7 +189,7 @@ class Loss(Operator):
         (w,), wide = grads, upcast(x)
         w = self.upstream(w.to(wide.dtype), x, count)
         to_x = self.elements(2, w * grad_output.to(w.dtype), wide, target, weight, pos_weight, False)
-        to_grad_output = self.elements(1, w, wide, target, weight, pos_weight, False)
+        to_grad_output = self.values(1, w, x, target, weight, pos_weight, w.dtype)
         if self.reduction != "none":
             to_grad_output = to_grad_output.sum()
         return to_grad_output.to(grad_output.dtype), to_x.to(x.dtype)

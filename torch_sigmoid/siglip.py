@@ -37,7 +37,8 @@ from .checks import (
     promoted,
 )
 from .dispatch import NOBODY, PLAIN_TYPES, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
-from .formulas import upcast, weighted
+from .eager import weighted
+from .formulas import upcast
 from .internals import apply_of, make_fx_traces, transforms_active, uncompiled
 from .losses import autocasts, own_dtypes
 from .ring import Alone, Ring, agree, is_dtensor, resolved, ring_of, warn_if_forgotten

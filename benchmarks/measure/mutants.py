@@ -75,6 +75,7 @@ CONCERNED = {
     "torch_sigmoid/diagnostics/statistics.py": ("device watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/totals.py": ("device watch_steps watch_statistics", "ptx watch_statistics"),
     "torch_sigmoid/diagnostics/watch.py": ("device watch watch_steps watch_report",),
+    "torch_sigmoid/eager.py": ("device eager extremes formulas gates losses operators",),
     "torch_sigmoid/formulas.py": ("device formulas operators gates losses tracing autograd", "ptx autograd"),
     "torch_sigmoid/functional.py": ("device package",),
     "torch_sigmoid/gates.py": ("device operators gates", "ptx operators gates"),
