@@ -3,7 +3,7 @@
 triton   a float tensor on a device that Triton drives: our kernels, under a torch.autograd.Function where a gradient is wanted;
          a DTensor likewise on its shard, by way of an operator of torch.library
 traced   under torch.compile, export, jit.trace, functionalize and nested torch.func.jvp, which see torch operators only: the
-         same numerics in these, for a compiler to fuse
+         same gradients in these, for a compiler to fuse, and torch's operator alone where none is wanted
 torch    everything else: torch's own operator, or our gradient formula in torch operators where torch's is not exact
 """
 
