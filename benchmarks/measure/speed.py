@@ -11,6 +11,9 @@ quantiles over the rounds. A provider of another package gets operands of its ow
 them. No result is timed before it is checked.
 
 Writes speed, gates, losses and siglip (.csv and .json). Takes about two minutes on a CPU, and about twenty on a GPU.
+
+With --ways it times, on a CPU alone, our operators against torch's formula eager, compiled and exported, and writes ways.csv
+and .json, which takes about twelve minutes on two cores; see ways.py.
 """
 
 import collections
@@ -34,6 +37,7 @@ CPU_THREADS = 1
 BATCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-3}
 MAX_BUFFERS = 64
 CHECKED_ELEMENTS = 1 << 20
+WAYS = ("eager", "compiled", "exported")
 
 
 class Case(NamedTuple):
@@ -140,9 +144,18 @@ def check(name, operator, provider, case, device):
     torch.manual_seed(0)
     n = min(case.n, CHECKED_ELEMENTS + case.n % 16)
     operands, grad = build(operator, case._replace(n=n), device)
-    wide = [operand.double() if operand.is_floating_point() else operand for operand in operands]
-    true = value_and_gradients(operator.formula, operator.leaves(wide), grad.double())
     actual = value_and_gradients(provider.function, operator.leaves(operands), grad)
+    compare(name, case, actual, truth(operator, operands, grad))
+
+
+def truth(operator, operands, grad):
+    """Value and gradients of the formula in float64."""
+    wide = [operand.double() if operand.is_floating_point() else operand for operand in operands]
+    return value_and_gradients(operator.formula, operator.leaves(wide), grad.double())
+
+
+def compare(name, case, actual, true):
+    """Raise WrongResultError unless the results, of which there may be fewer, are the true ones; see `check`."""
     eps, smallest = torch.finfo(case.dtype).eps, torch.finfo(case.dtype).smallest_normal
     for i, (result, exact) in enumerate(zip(actual, true)):
         what = f"gradient {i}" if i else "value"
@@ -314,6 +327,22 @@ def run(device, selection, rounds, seconds):
     return rows, skipped
 
 
+def run_ways(arguments) -> int:
+    """Time the ways to run on a CPU: the part of this command that stands in ways.py, which builds on this file."""
+    from . import ways
+
+    if arguments.device.type != "cpu":
+        raise ValueError(f"speed --ways: needs --device cpu, got {arguments.device}")
+    threads = sorted({*(arguments.threads or (1, torch.get_num_threads()))})
+    families = {name: operator.family for name, operator in ways.each_case()}
+    names = [name for name, family in families.items() if {name, family} & {*arguments.operators}]
+    rows, skipped = ways.run(names, arguments.ways, threads, arguments.rounds, arguments.repeat, arguments.seconds)
+    about = record.environment(arguments.device)
+    record.write(record.folder_of(arguments.device, arguments.out), "ways", rows, about | {"threads": threads}, skipped=skipped)
+    record.show(f"Ours over torch's on {record.device_name(arguments.device)}", rows)
+    return 0
+
+
 @record.reporting
 def main(argv=None) -> int:
     parser = record.parser("speed", __doc__)
@@ -321,6 +350,9 @@ def main(argv=None) -> int:
     parser.add_argument("--operators", nargs="+", default=[*FILES], help=f"names, or families of {families} (default: all)")
     parser.add_argument("--rounds", type=int, help="samples of each provider (default: 60 on a CPU, 20 on a GPU)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out the cases that would begin after this time")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help=f"time these ways to run on a CPU: {', '.join(WAYS)}")
+    parser.add_argument("--threads", nargs="+", type=int, help="with --ways: numbers of threads (default: 1, and torch's)")
+    parser.add_argument("--repeat", type=int, default=2, help="with --ways: how often to measure (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.operators) - set(FILES) - set(operators()):
         parser.error(f"operators must be among {', '.join([*FILES, *operators()])}; got {', '.join(sorted(unknown))}")
@@ -328,6 +360,8 @@ def main(argv=None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("speed: skipped, there is no GPU")
         return 0
+    if arguments.ways:
+        return run_ways(arguments)
     if device.type == "cpu":
         torch.set_num_threads(CPU_THREADS)
     selection = chosen(arguments.operators)
