@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ON_THIS_MACHINE = ("accuracy", "code", "counts", "host", "imports", "intercept", "watch", "pairs", "shards", "speed")
+ON_THIS_MACHINE = ("accuracy", "code", "counts", "graphs", "host", "imports", "intercept", "watch", "pairs", "shards", "speed")
 MEASUREMENTS = (*ON_THIS_MACHINE, "tune", "gpu", "models", "mutants")
 # Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
@@ -29,6 +29,7 @@ SUITE = (
     ("accuracy",),
     ("code",),
     ("counts",),
+    ("graphs",),
     ("host",),
     ("imports",),
     ("intercept",),
@@ -36,6 +37,7 @@ SUITE = (
     ("pairs",),
     ("shards",),
     ("speed", "--device", "cpu"),
+    ("speed", "--device", "cpu", "--ways", "eager", "compiled", "exported"),
     ("speed", "--device", "cuda"),
 )
 

@@ -28,6 +28,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 # The dtypes and sizes at which the page shows the gates' and losses' times; SigLIP's are 256 and 1024 pairs, on a GPU 4096.
 SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24),)
 SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 18)), (("bf16", 1 << 20),)
+# At which size the page shows our times eager, compiled and exported, and what compiled training may take of torch's time.
+SHOWN_OF_WAYS, TARGET_COMPILED = 1 << 20, 1.10
 NOT_MEASURED = "not measured yet"
 
 
@@ -84,6 +86,33 @@ def draw_speed(speed, folder):
     grid[0][0].legend(fontsize="small")
     figure.suptitle(f"{speed['environment']['device']}, torch {speed['environment']['torch']}")
     record.save_figure(figure, folder / "speed.png")
+
+
+def shown_ways(ways: dict) -> list[dict]:
+    """The rows that the page shows: a training step, or the forward of what is exported, at one size with static shapes."""
+    rows = where(ways, n=SHOWN_OF_WAYS, shapes="static")
+    return [row for row in rows if row["mode"] == "both" or row["way"] == "exported"]
+
+
+def draw_ways(ways, folder):
+    """Our time over torch's for every operator, on the least number of threads."""
+    threads = min(row["threads"] for row in ways["rows"])
+    rows = [row for row in shown_ways(ways) if row["threads"] == threads]
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True, sharey=True)
+    for panel, dtype in zip(panels, ("fp32", "bf16")):
+        for (way, mode), marker in zip(dict.fromkeys((row["way"], row["mode"]) for row in rows), "osD"):
+            own = [row for row in rows if (row["way"], row["dtype"]) == (way, dtype)]
+            label = f"{way}, {'forward + backward' if mode == 'both' else mode}"
+            panel.plot([row["ratio"] for row in own], [row["operator"] for row in own], marker, label=label)
+        panel.axvline(1, color="grey", linewidth=0.8)
+        panel.axvline(TARGET_COMPILED, color="grey", linewidth=0.8, linestyle="--", label=f"{TARGET_COMPILED:.2f}")
+        panel.set(title=dtype, xlabel="time / torch", xscale="log", xticks=(0.5, 1, 2, 4), xticklabels=("0.5", "1", "2", "4"))
+        panel.minorticks_off()
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    about = ways["environment"]
+    figure.suptitle(f"{about['device']}, torch {about['torch']}, 2²⁰ elements, threads: {threads}")
+    record.save_figure(figure, folder / "ways.png")
 
 
 def draw_host(host, folder):
@@ -238,6 +267,33 @@ def models_lines(models: dict) -> list[dict]:
     return [line(row) for row in models["rows"]]
 
 
+def ways_lines(ways: dict) -> list[dict]:
+    """A line for each operator: the ratios in each way and dtype with one number of threads after another."""
+    lines = {}
+    for row in shown_ways(ways):
+        cells = lines.setdefault(row["operator"], {})
+        cells.setdefault(f"{row['way']} {row['dtype']}", []).append(f"{row['ratio']:.2f}")
+    empty = {f"{way} {dtype}": [NOT_MEASURED] for way in speed.WAYS for dtype in ("fp32", "bf16")}
+
+    def line(name, cells):
+        rows = where(ways, operator=name)
+        compiled = [row["ratio"] for row in rows if (row["way"], row["mode"]) == ("compiled", "both")]
+        cells = {key: " / ".join(ratios) for key, ratios in (empty | cells).items()}
+        largest = f"{max(compiled):.2f}" if compiled else NOT_MEASURED
+        noise = max(row.get("noise", 0.0) for row in shown_ways(ways | {"rows": rows}))
+        return cells | {"operator": name, "largest": largest, "noise": noise}
+
+    return [line(*each) for each in lines.items()]
+
+
+def graphs_lines(graphs: dict) -> list[dict]:
+    lines = pivot(graphs["rows"], "operator", "provider")
+    for line in lines:
+        in_onnx = [line[label].get("onnx", NOT_MEASURED) for label in ("torch", "ours")]
+        line["onnx"] = " → ".join(map(str, dict.fromkeys(in_onnx) if NOT_MEASURED in in_onnx else in_onnx))
+    return lines
+
+
 TABLES = {
     "accuracy": Table(
         "cpu/accuracy",
@@ -340,6 +396,24 @@ TABLES = {
         models_lines,
         n_labels=2,
     ),
+    "ways": Table(
+        "cpu/ways",
+        "operator | eager, fp32 | eager, bf16 | compiled, fp32 | compiled, bf16 | exported, fp32 | exported, bf16 "
+        "| largest of all compiled | noise",
+        "`{operator}` | {eager fp32} | {eager bf16} | {compiled fp32} | {compiled bf16} | {exported fp32} | {exported bf16} "
+        "| {largest} | {noise:.2f}",
+        "Time over that of torch's formula, on {environment[threads]} threads, 2²⁰ elements, static shapes: {source}",
+        ways_lines,
+    ),
+    "graphs": Table(
+        "cpu/graphs",
+        "operator | transcendental operators | divisions | bytes kept an element, fp32 | bf16 | exported operators | in ONNX",
+        "`{operator}` | {torch[transcendental]} → {ours[transcendental]} | {torch[divisions]} → {ours[divisions]} "
+        "| {torch[saved, fp32]:.4g} → {ours[saved, fp32]:.4g} | {torch[saved, bf16]:.4g} → {ours[saved, bf16]:.4g} "
+        "| {torch[exported]} → {ours[exported]} | {onnx}",
+        "Torch's formula → ours: {source}",
+        graphs_lines,
+    ),
     "pairs": Table(
         "cpu/pairs",
         "pairs | peak MiB, plain formula → ours | ours ÷ plain | ms, forward + backward",
@@ -429,6 +503,7 @@ def update_page(name: str, text: str) -> None:
 DRAWINGS = {
     "accuracy": (draw_errors, draw_sigmoid),
     "speed": (draw_speed,),
+    "ways": (draw_ways,),
     "host": (draw_host,),
     "vanishing": (vanishing.draw_all,),
     "train/train": (train.draw_all,),

@@ -13,7 +13,7 @@ from reference import runs_kernels
 import torch_sigmoid
 from benchmarks import __main__ as entry
 from benchmarks.__main__ import PARTS
-from benchmarks.measure import counts, gpu, imports, pairs, record, speed
+from benchmarks.measure import counts, gpu, graphs, imports, pairs, record, speed, ways
 from benchmarks.measure import operators as table
 from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators
 from torch_sigmoid import kernels
@@ -337,6 +337,88 @@ def test_the_table_of_operators_takes_what_is_measured(tmp_path, monkeypatch):
     table = figures.operators_table(cpu, [gpu])
     assert "| 3 → 3 | not measured yet / 1.50 | 0.50 |" in table
     assert "A GPU, time ÷ torch's, bf16, 2²⁴ elements" in table
+
+
+def run_ways(tmp_path, *options):
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--rounds", "3", "--threads", "1"]
+    return speed.main([*arguments, "--operators", "silu", "--ways", *options])
+
+
+@not_interpreted
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_ways_are_measured_twice(monkeypatch, tmp_path):
+    monkeypatch.setattr(ways, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(ways, "SIZES", {"eager": (64, 1000), "compiled": (64, 1000), "exported": (64,)})
+    monkeypatch.setattr(ways, "DYNAMIC_SIZE", 1000)
+    before = torch.get_num_threads()
+    assert run_ways(tmp_path, "eager", "compiled", "exported") == 0
+    assert torch.get_num_threads() == before
+    results = json.loads((tmp_path / "cpu" / "ways.json").read_text())
+    assert results["environment"]["threads"] == "1"
+    assert [(row["way"], row["shapes"], row["mode"], row["n"]) for row in results["rows"]] == [
+        ("eager", "static", "forward", 64),
+        ("eager", "static", "both", 64),
+        ("eager", "static", "forward", 1000),
+        ("eager", "static", "both", 1000),
+        ("compiled", "static", "forward", 64),
+        ("compiled", "static", "both", 64),
+        ("compiled", "static", "forward", 1000),
+        ("compiled", "static", "both", 1000),
+        ("compiled", "dynamic", "forward", 1000),
+        ("compiled", "dynamic", "both", 1000),
+        ("exported", "static", "forward", 64),
+    ]
+    for row in results["rows"]:
+        assert row["ratio"] == pytest.approx(row["ours, microseconds"] / row["torch, microseconds"], abs=1e-3, rel=1e-2)
+        assert row["noise"] == pytest.approx(abs(row["again"] - row["ratio"]), abs=2e-3)
+        assert row["20 %"] <= row["80 %"]
+
+
+@pytest.mark.parametrize("function", [wrong_gradient, lambda x: torch.sigmoid(x) * 1.1], ids=["gradient", "value"])
+def test_a_wrong_result_is_not_timed_in_its_way(function, monkeypatch, tmp_path, capsys):
+    wrong = sigmoid_row(torch=torch.sigmoid, ours=function)
+    monkeypatch.setattr(ways, "each_case", lambda: iter([("silu", wrong)]))
+    monkeypatch.setattr(ways, "SIZES", {"eager": (64,)})
+    assert run_ways(tmp_path, "eager") == 1
+    assert "silu by ours, eager, static" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--device", "cuda"], ["--threads", "0"], ["--repeat", "0"]])
+def test_ways_refuse_what_they_cannot_measure(options, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--ways", "eager", "--device", "cpu", *options])
+    assert options[1] in capsys.readouterr().err
+
+
+def test_the_table_of_ways_takes_what_is_measured():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    from benchmarks import figures
+
+    shown = {"operator": "silu", "shapes": "static", "n": 1 << 20, "dtype": "fp32", "mode": "both", "noise": 0.01}
+    rows = [
+        shown | {"way": "eager", "threads": 1, "ratio": 2.0},
+        shown | {"way": "eager", "threads": 2, "ratio": 3.0, "noise": 0.02},
+        shown | {"way": "eager", "threads": 1, "ratio": 9.0, "mode": "forward", "noise": 9.0},
+        shown | {"way": "compiled", "threads": 1, "ratio": 1.0},
+        shown | {"way": "compiled", "threads": 1, "ratio": 1.25, "shapes": "dynamic"},
+        shown | {"way": "exported", "threads": 1, "ratio": 0.5, "mode": "forward"},
+    ]
+    (line,) = figures.ways_lines({"rows": rows})
+    assert (line["eager fp32"], line["compiled fp32"], line["exported fp32"]) == ("2.00 / 3.00", "1.00", "0.50")
+    assert line["eager bf16"] == figures.NOT_MEASURED
+    assert (line["largest"], line["noise"]) == ("1.25", 0.02)
+
+
+@not_interpreted
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "swiglu"])
+def test_graphs_are_counted_as_the_committed_file_says(name):
+    counted = graphs.row_of(name, dict(graphs.each_case())[name], "ours")
+    committed = record.read(record.RESULTS / "cpu", "graphs")["rows"]
+    (row,) = (row for row in committed if (row["operator"], row["provider"]) == (name, "ours"))
+    assert {key: row.get(key) for key in counted if key != "onnx"} == {key: counted[key] for key in counted if key != "onnx"}
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What torch.compile and torch.export make of each operator: ours beside torch's formula, counted in their graphs.
+"""What torch.compile and torch.export make of each operator: counts of their graphs, ours beside torch's formula.
 
 compiled   the graphs of forward and backward that Inductor is about to turn into code: transcendental operators (exp, log1p,
            sigmoid, a power whose exponent is no integer, ...) and divisions, of tensors with at least one dimension
@@ -11,6 +11,7 @@ blocks. Writes graphs.csv and .json to the folder `cpu`. Takes about a minute, a
 """
 
 import importlib.util
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,8 +155,10 @@ def exported(function: Callable[..., Tensor] | torch.nn.Module, operands, strict
 def onnx_operators(function: Callable[..., Tensor] | torch.nn.Module, operands) -> list[str]:
     """The operators of the ONNX graph, sorted by name."""
     module = function if isinstance(function, torch.nn.Module) else Call(function)
+    # Of torch, about itself and what is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about itself
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(module, tuple(operands), dynamo=True, verbose=False)
     return sorted(node.op_type for node in program.model_proto.graph.node)
 

@@ -331,15 +331,16 @@ def run_ways(arguments) -> int:
     """Time the ways to run on a CPU: the part of this command that stands in ways.py, which builds on this file."""
     from . import ways
 
-    if arguments.device.type != "cpu":
-        raise ValueError(f"speed --ways: needs --device cpu, got {arguments.device}")
     threads = sorted({*(arguments.threads or (1, torch.get_num_threads()))})
     families = {name: operator.family for name, operator in ways.each_case()}
     names = [name for name, family in families.items() if {name, family} & {*arguments.operators}]
     rows, skipped = ways.run(names, arguments.ways, threads, arguments.rounds, arguments.repeat, arguments.seconds)
     about = record.environment(arguments.device)
-    record.write(record.folder_of(arguments.device, arguments.out), "ways", rows, about | {"threads": threads}, skipped=skipped)
+    about["threads"] = " / ".join(map(str, threads))
+    record.write(record.folder_of(arguments.device, arguments.out), "ways", rows, about, skipped=skipped)
     record.show(f"Ours over torch's on {record.device_name(arguments.device)}", rows)
+    if skipped:
+        print(f"not measured, the time was up: {', '.join(skipped)}")
     return 0
 
 
@@ -357,6 +358,10 @@ def main(argv=None) -> int:
     if unknown := set(arguments.operators) - set(FILES) - set(operators()):
         parser.error(f"operators must be among {', '.join([*FILES, *operators()])}; got {', '.join(sorted(unknown))}")
     device = arguments.device
+    if arguments.ways and device.type != "cpu":
+        parser.error(f"--ways needs --device cpu, got {device}")
+    if min(arguments.repeat, *(arguments.threads or [1])) < 1:
+        parser.error(f"--threads and --repeat must be at least 1, got {arguments.threads} and {arguments.repeat}")
     if device.type == "cuda" and not torch.cuda.is_available():
         print("speed: skipped, there is no GPU")
         return 0
