@@ -13,7 +13,7 @@ them. No result is timed before it is checked.
 Writes speed, gates, losses and siglip (.csv and .json). Takes about two minutes on a CPU, and about twenty on a GPU.
 
 With --ways it times, on a CPU alone, our operators against torch's formula eager, compiled and exported, and writes ways.csv
-and .json, which takes about twelve minutes on two cores; see ways.py.
+and .json, which takes about a quarter of an hour on two cores, half of it the first time only, for Inductor; see ways.py.
 """
 
 import collections
@@ -334,7 +334,9 @@ def run_ways(arguments) -> int:
     threads = sorted({*(arguments.threads or (1, torch.get_num_threads()))})
     families = {name: operator.family for name, operator in ways.each_case()}
     names = [name for name, family in families.items() if {name, family} & {*arguments.operators}]
-    rows, skipped = ways.run(names, arguments.ways, threads, arguments.rounds, arguments.repeat, arguments.seconds)
+    rows, skipped = ways.run(
+        names, arguments.ways, threads, arguments.rounds or ways.ROUNDS, arguments.repeat, arguments.seconds
+    )
     about = record.environment(arguments.device)
     about["threads"] = " / ".join(map(str, threads))
     record.write(record.folder_of(arguments.device, arguments.out), "ways", rows, about, skipped=skipped)
@@ -349,7 +351,7 @@ def main(argv=None) -> int:
     parser = record.parser("speed", __doc__)
     families = ", ".join(FILES)
     parser.add_argument("--operators", nargs="+", default=[*FILES], help=f"names, or families of {families} (default: all)")
-    parser.add_argument("--rounds", type=int, help="samples of each provider (default: 60 on a CPU, 20 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="samples of each provider (default: 60 on a CPU, 20 on a GPU, 11 of --ways)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out the cases that would begin after this time")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help=f"time these ways to run on a CPU: {', '.join(WAYS)}")
     parser.add_argument("--threads", nargs="+", type=int, help="with --ways: numbers of threads (default: 1, and torch's)")

@@ -28,7 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 STATIC, DYNAMIC = "static", "dynamic"
 SIZES = {"eager": powers_of_two(10, 16, 20), "compiled": powers_of_two(20, 22), "exported": powers_of_two(20)}
 DYNAMIC_SIZE = 1 << 20
-ROUNDS = {"eager": 30, "compiled": 20, "exported": 20}
+# Few, because there are hundreds of rows.
+ROUNDS = 11
 MODES = {"eager": ("forward", "both"), "compiled": ("forward", "both"), "exported": ("forward",)}
 _numbers = itertools.count()
 
@@ -115,7 +116,7 @@ def row_of(variant: Variant, threads: int, mode: str, samples: dict[str, list[fl
     }
 
 
-def run(names, ways, threads, rounds=None, repeat=2, seconds=math.inf) -> tuple[list[dict], list[str]]:
+def run(names, ways, threads, rounds=ROUNDS, repeat=2, seconds=math.inf) -> tuple[list[dict], list[str]]:
     """All rows, and the variants that would have begun after `seconds`."""
     table, default, end = dict(each_case()), torch.get_num_threads(), time.monotonic() + seconds
     skipped, prepared, rows = [], [], {}
@@ -129,10 +130,9 @@ def run(names, ways, threads, rounds=None, repeat=2, seconds=math.inf) -> tuple[
             prepared.append(Prepared(variant, table[variant.operator]))
     for number in range(1, repeat + 1):
         for each in record.progress(prepared, f"ways: measure, {number} of {repeat}"):
-            way = each.variant.way
-            for n_threads, mode in itertools.product(threads if way != "exported" else threads[:1], each.modes):
+            for n_threads, mode in itertools.product(threads if each.variant.way != "exported" else threads[:1], each.modes):
                 torch.set_num_threads(n_threads)
-                row = row_of(each.variant, n_threads, mode, each.samples(mode, rounds or ROUNDS[way]))
+                row = row_of(each.variant, n_threads, mode, each.samples(mode, rounds))
                 first = rows.setdefault((each.variant, n_threads, mode), row)
                 if first is not row:
                     noise = max(first.get("noise", 0.0), round(abs(row["ratio"] - first["ratio"]), 3))
