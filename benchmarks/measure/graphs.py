@@ -1,4 +1,4 @@
-"""What torch.compile and torch.export make of each operator: counts of their graphs, ours beside torch's formula.
+"""What torch.compile and torch.export make of each operator: counts of the graphs, ours beside torch's.
 
 compiled   the graphs of forward and backward that Inductor is about to turn into code: transcendental operators (exp, log1p,
            sigmoid, a power whose exponent is no integer, ...) and divisions, of tensors with at least one dimension
