@@ -159,20 +159,13 @@ def test_what_is_transcendental():
     assert of(lambda x: (x.exp().sum() / x.sum()).log()) == (1, 0), "the quotient and its logarithm are one number each"
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that is both operands is refused by torch's tracing of Functions")
 @pytest.mark.parametrize("function", [ts.sigmoid_gate, ts.swiglu])
 def test_one_tensor_may_be_both_operands(function):
     x = torch.randn(4, 6, requires_grad=True)
     torch.compile(lambda x: function(x, x), backend="aot_eager", fullgraph=True)(x).sum().backward()
 
 
-def with_symbols(name):
-    reason = "the checks and formulas ask a number that dynamic=True has made a symbol"
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if "swiglu" in name or name == "quick_gelu" else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [with_symbols(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_dynamic_true_makes_symbols_of_numbers_too(name):
     compiled = torch.compile(CASES[name].providers["ours"].function, backend="aot_eager", fullgraph=True, dynamic=True)
     compiled(*leaves_of(name)).sum().backward()

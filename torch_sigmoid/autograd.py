@@ -595,7 +595,12 @@ def _traced(operator: Operator, *tensors: Tensor | None) -> Tensor:
         return operator.plain(*tensors)
     if wants_gradient(*tensors[operator.n_differentiable or len(tensors) :]):
         return operator.formula(*tensors)
-    return _CompiledOperatorFunction.apply(operator, *tensors)
+    distinct: list[Tensor | None] = []
+    for tensor in tensors:
+        # torch.compile refuses a Function of one tensor given twice, as in swiglu(x, x).
+        again = tensor is not None and any(tensor is each for each in distinct)
+        distinct.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return _CompiledOperatorFunction.apply(operator, *distinct)
 
 
 def record(operator: Operator, *tensors: Tensor | None) -> Tensor:

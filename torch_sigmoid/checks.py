@@ -115,7 +115,7 @@ def check_gate_options(caller: str, alpha: float, limit: float | None = None, up
         raise ValueError(f"{caller}(): alpha must be positive and finite, got {alpha}")
     if limit is not None and not limit >= 0:
         raise ValueError(f"{caller}(): limit must not be negative, got {limit}")
-    if not math.isfinite(up_offset):
+    if not -math.inf < up_offset < math.inf:
         raise ValueError(f"{caller}(): up_offset must be finite, got {up_offset}")
 
 

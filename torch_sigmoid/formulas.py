@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import compiles_reverse_mode
+from .internals import constant
 
 aten_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.default
 
@@ -77,14 +78,15 @@ def curvature_from_output(sigma: Tensor) -> Tensor:
 def product(alpha: float, x: Tensor) -> tuple[Tensor, Tensor]:
     """alpha·x, and what its rounding has lost: up to |alpha·x| ulp of e^(alpha·x)."""
     # An infinite product would have lost NaN.
-    x = x.clamp(-FAR / alpha, FAR / alpha)
+    far = constant(FAR) / alpha
+    x = x.clamp(-far, far)
     rounded = alpha * x
     x = x.detach()
     if x.dtype is torch.float32 and not compiles_reverse_mode():
         return rounded, (alpha * x.double() - rounded.detach().double()).float()
     # Dekker's exact product: of halves, whose products are exact. What x's dtype has not of alpha comes after it.
     own = rounded_to(24, alpha) if x.dtype is torch.float32 else alpha
-    alpha_high = rounded_to(BITS_OF_HALF[x.dtype], own)
+    alpha_high = rounded_to(constant(BITS_OF_HALF[x.dtype]), own)
     alpha_low = own - alpha_high
     x_high, x_low = _halves(x)
     lost = x_high * alpha_high - rounded.detach() + x_high * alpha_low + x_low * alpha_high + x_low * alpha_low
@@ -98,7 +100,7 @@ def rounded_to(bits: int, number: float) -> float:
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as a sum of two numbers of half as many bits each."""
-    bits = BITS_OF_HALF[x.dtype]
+    bits = constant(BITS_OF_HALF[x.dtype])
     if compiles_reverse_mode():
         # A compiler may fuse the other form's arithmetic, and then it does not round.
         integer, n_dropped = (torch.int32, 12) if x.dtype is torch.float32 else (torch.int64, 27)
@@ -120,7 +122,7 @@ def exp_minus_abs(x: Tensor, lost: Tensor | None = None, apart: Tensor | None = 
     `lost` is None, or so small that e^lost is 1 + lost. Where `apart` is false, scale is 1, and e what it may be.
     """
     distance = _abs(x)
-    shift, start = SHIFTS[x.dtype]
+    shift, start = map(constant, SHIFTS[x.dtype])
     far = distance > start if apart is None else (distance > start) & apart
     e = torch.exp(torch.where(far, shift, 0.0) - distance)
     # Of two numbers `where` would make a tensor of the default dtype, in which e^-690 is 0.
@@ -141,7 +143,7 @@ def value(x: Tensor, function: str, alpha: float = 1.0) -> Tensor:
     if function == "logsigmoid":
         return F.logsigmoid(x)
     sigma = torch.sigmoid(x if alpha == 1 else alpha * x)
-    return sigma if function == "sigmoid" else x.clamp(min=-FAR / alpha) * sigma
+    return sigma if function == "sigmoid" else x.clamp(min=-constant(FAR) / alpha) * sigma
 
 
 def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
@@ -162,14 +164,15 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: flo
         return v * (torch.where(below, e, 1.0) / one_plus) * torch.where(below, scale, 1.0)
     if order == 0:
         # Above 0 as x - x·σ(-x), whose derivative autograd finds at ∞ too.
-        near = x.clamp(-FAR / alpha, FAR / alpha)
+        far = constant(FAR) / alpha
+        near = x.clamp(-far, far)
         return v * torch.where(below, near * e / one_plus, x - near * tail / one_plus) * torch.where(below, scale, 1.0)
     # (1 + e)² would be rounded thrice.
     square = 1 + tail * (2 + tail)
     # After a quotient v overflows only where the result does; before `scale`, it is subnormal only where the result is.
     if function == "sigmoid":
         return v * (e / square if order == 1 else torch.where(below, e, -e) * one_minus(gate) / (square * one_plus)) * scale
-    distance = _abs(gate).clamp(max=FAR)
+    distance = _abs(gate).clamp(max=constant(FAR))
     if order == 1:
         # v·silu'(-|x|), of which v·silu'(|x|) is what v lacks.
         result = v * (e * (one_plus - distance) / square) * scale
@@ -179,8 +182,9 @@ def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: flo
 
 def exp_of_product(gamma: float, first: Tensor, second: Tensor) -> Tensor:
     """e^(γ·(first + second)) for |first| ≤ FAR, without the error that a large exponent has from being rounded itself."""
-    steps = torch.round(first.detach() * LOG_STEPS) / LOG_STEPS
-    large = rounded_to(GAMMA_BITS, gamma)
+    per_one = constant(LOG_STEPS)
+    steps = torch.round(first.detach() * per_one) / per_one
+    large = rounded_to(constant(GAMMA_BITS), gamma)
     product, rest = large * steps, (gamma - large) * steps + gamma * (first - steps + second)
     power = product + rest
     value = torch.exp(power)
@@ -197,7 +201,7 @@ def weighted_loss(
     """
     above = x >= 0
     distance = torch.where(above, x, -x)
-    near = distance.clamp(max=FAR)
+    near = distance.clamp(max=constant(FAR))
     wrong, right = torch.where(above, negative, positive), torch.where(above, positive, negative)
     clear = wrong == 0
     if order == 0:
@@ -217,7 +221,7 @@ def weighted_loss(
         else:
             log_clear = -near
             if targets_vary:
-                inverse = torch.exp(near.clamp(max=NEAR[x.dtype]))
+                inverse = torch.exp(near.clamp(max=constant(NEAR[x.dtype])))
                 log_clear = log_clear + torch.log(torch.where(clear, right + wrong * inverse, 1.0))
             focus = exp_of_product(gamma, torch.where(clear, log_clear, torch.log(mixture)), -log_one)
         if targets_vary:

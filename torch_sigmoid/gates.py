@@ -32,6 +32,7 @@ from .checks import (
 from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
 from .eager import weighted
 from .formulas import narrowed, upcast, value
+from .internals import constant
 
 
 @dataclass(frozen=True)
@@ -292,10 +293,10 @@ def logsigmoid(input: Tensor) -> Tensor:
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""silu(x) = x·σ(x), element by element; its gradient is grad·σ(x)·(1 + x·σ(-x)).
 
-    silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost; compiled, the value is torch's there,
-    and without a gradient, or exported, torch's operator runs alone (kernels/README.md). In 16 bit value and gradient are
+    silu(-∞) and its gradient are 0, where torch gives NaN, and for x < -88 neither is lost. In 16 bit value and gradient are
     within 1 ulp of the true ones; around the gradient's zero at x = -1.278, its error is within a rounding of 1. In fp32 both
-    are within 5 ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp.
+    are within 5 ulp (around that zero, of the gradient's terms), as tests/bounds.py derives from an expf of 1 ulp. Compiled,
+    the value for x < -88 is torch's 0; exported, or compiled without a gradient, torch's operator runs alone.
 
     Args:
         input: a tensor of any shape and float dtype; saved for backward, and nothing else.
@@ -348,7 +349,7 @@ def quick_gelu(input: Tensor, *, alpha: float = 1.702) -> Tensor:
     check_gate_options("quick_gelu", alpha)
     if not is_ours(input):
         return input * torch.sigmoid(alpha * input)
-    return record(Unary("silu", float(alpha)), input)
+    return record(Unary("silu", float(constant(alpha))), input)
 
 
 @overridable
@@ -514,6 +515,7 @@ def _swiglu_operator(
     caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float, interleaved: bool = False
 ) -> Gated:
     check_gate_options(caller, alpha, limit, up_offset)
+    alpha, limit, up_offset = constant(alpha), constant(limit), constant(up_offset)
     limit = None if limit is None or limit == math.inf else float(limit)
     if interleaved:
         return Interleaved("silu", alpha=float(alpha), limit=limit, offset=float(up_offset))

@@ -216,6 +216,18 @@ def uncompiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters
     return disabled
 
 
+_Number = TypeVar("_Number", bound=float | None)
+
+
+def constant(number: _Number) -> _Number:
+    """The number. torch.compile(dynamic=True) makes a symbol of one that it finds in an attribute, a global or a default.
+
+    As an element of a set it is a constant, which is all that the math module, and a formula, can take.
+    """
+    (found,) = {number}
+    return found
+
+
 # What torch.nn.functional.silu and glu end in, which torch shows nowhere else.
 NN_NAMESPACE: dict[str, Any] = vars(_C._nn)
 

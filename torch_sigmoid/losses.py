@@ -31,7 +31,7 @@ from .checks import (
 )
 from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
 from .formulas import narrowed, upcast, upcast_dtype, weighted_loss
-from .internals import legacy_reduction
+from .internals import constant, legacy_reduction
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -299,7 +299,7 @@ def binary_cross_entropy_with_logits(
     check_tensors(caller, input=input, target=target)
     check_floats(caller, input=input)
     check_loss_options(caller, reduction, label_smoothing, ignore_index)
-    options = 0.0, None, float(label_smoothing), ignore_index, reduction
+    options = 0.0, None, float(constant(label_smoothing)), constant(ignore_index), reduction
     if not (is_ours(input) and target.layout is torch.strided and not target.is_nested):
         if label_smoothing or ignore_index is not None:
             found = f"{described(input)} with target {described(target)}"
@@ -351,7 +351,14 @@ def sigmoid_focal_loss(
     if not (is_ours(inputs) and targets.layout is torch.strided and not targets.is_nested):
         found = f"{described(inputs)} with targets {described(targets)}"
         raise TypeError(f"{caller}(): logits must be {DENSE_FLOATS}, and targets dense, got {found}")
-    options = float(gamma), None if alpha == -1 else float(alpha), float(label_smoothing), ignore_index, reduction
+    alpha, label_smoothing = constant(alpha), constant(label_smoothing)
+    options = (
+        float(constant(gamma)),
+        None if alpha == -1 else float(alpha),
+        float(label_smoothing),
+        constant(ignore_index),
+        reduction,
+    )
     return _loss(caller, options, "inputs", inputs, "targets", targets, weight, None)
 
 
