@@ -13,7 +13,7 @@ them. No result is timed before it is checked.
 Writes speed, gates, losses and siglip (.csv and .json). Takes about two minutes on a CPU, and about twenty on a GPU.
 
 With --ways it times, on a CPU alone, our operators against torch's formula eager, compiled and exported, and writes ways.csv
-and .json, which takes about a quarter of an hour on two cores, half of it the first time only, for Inductor; see ways.py.
+and .json, which takes about half an hour on two cores, most of it the first time only, for Inductor; see ways.py.
 """
 
 import collections
