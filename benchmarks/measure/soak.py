@@ -1,4 +1,4 @@
-"""A soak: whether thousands of calls with changing shapes leave memory, objects, launches or cached answers behind.
+"""A soak: whether 10,000 calls with changing shapes leave memory, objects, launches or answers behind.
 
 Calls every case of torch_sigmoid.operators, forward and backward, and steps of a training under a GradientWatch. Each call
 draws its tensors anew, in one of 25 random variants of dtype, size, number of dimensions and strides. The first hundred calls
@@ -42,9 +42,9 @@ from . import record, stub
 from .pairs import STATUS, resident_mebibytes
 
 CALLS, SETTLED, VARIANTS = 10_000, 100, 25
-# By how much each may grow after SETTLED calls, so that a leak at every twentieth of 10,000 shows. The first count, which is
-# kept, and Python's free lists take up to 150 blocks. Allocators take memory in steps; 9,900 tensors of one number take 5 MiB.
-ALLOWED = {"objects": 10, "tensors": 0, "blocks": 500, "cached": 0, "launches": 0, "MiB": 4.0}
+# By how much each may grow after SETTLED calls, so that a leak at every tenth of 10,000 shows. The first count, which is kept,
+# and Python's free lists take up to 450 blocks. Allocators take memory in steps; 9,900 tensors of one number take 5 MiB.
+ALLOWED = {"objects": 10, "tensors": 0, "blocks": 900, "cached": 0, "launches": 0, "MiB": 4.0}
 _CACHE = type(functools.cache(lambda: None))
 
 
