@@ -23,7 +23,7 @@ from . import agreement, dispatch, kernels
 
 # Of the environment: settings with which kernels, or torch, take longer.
 SLOW = {
-    "TRITON_INTERPRET": "runs the kernels in Triton's interpreter, thousands of times as slow: it is for debugging",
+    "TRITON_INTERPRET": "runs the kernels in Triton's interpreter, which is for debugging",
     "TRITON_DEBUG": "checks what kernels do on the device, and sends each launch through Triton's own entry",
     "TRITON_ALWAYS_COMPILE": "compiles every kernel in every process, in place of reading it from the cache",
     "CUDA_LAUNCH_BLOCKING": "has each launch wait for its kernel",
@@ -291,16 +291,16 @@ def troubles(facts: Facts) -> Iterator[Trouble]:
         )
     if facts.triton_untested:
         yield Trouble(facts.triton_untested, "nothing, if everything agrees; for the fastest launches, install a tested Triton")
-    compiled = "Triton cannot build the code that launches kernels, nor torch.compile its code"
+    launchers = "Triton cannot build the code that launches kernels"
     if facts.c_compiler is None and facts.system != "Windows":
         chosen = os.environ.get("CC")
         missing = f"CC={chosen} is not there" if chosen else "There is no C compiler"
         yield Trouble(
-            f"{missing}: {compiled}", "unset CC, or set it to a compiler" if chosen else "install gcc, or set CC to a compiler"
+            f"{missing}: {launchers}", "unset CC, or set it to a compiler" if chosen else "install gcc, or set CC to a compiler"
         )
     elif not facts.python_headers and facts.system != "Windows":
         yield Trouble(
-            f"Python's headers are missing (Python.h): {compiled}", "install python3-dev, or a Python that brings them"
+            f"Python's headers are missing (Python.h): {launchers}", "install python3-dev, or a Python that brings them"
         )
     if facts.triton and facts.torch_cuda and facts.ptxas is None:
         yield Trouble(
