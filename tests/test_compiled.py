@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid as ts
-from torch_sigmoid.formulas import narrowed
+from torch_sigmoid.formulas import in_dtype
 from torch_sigmoid.gates import Gated, Interleaved, Unary
 from torch_sigmoid.losses import Loss
 
@@ -218,4 +218,4 @@ def test_no_value_is_a_tensor_that_another_operator_returned(device):
     assert len(seen) == len(calls)
     assert "to" not in seen
     x = torch.ones(2, device=device)
-    assert narrowed(x, torch.float32) is x
+    assert in_dtype(x, torch.float32) is x
