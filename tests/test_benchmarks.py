@@ -384,6 +384,17 @@ def test_a_wrong_result_is_not_timed_in_its_way(function, monkeypatch, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_not_measured_again_stays_beside_it():
+    about = {"device": "CPU", "torch": "2.13", "date": "2026-01-02", "commit": "b"}
+    old = [{"operator": name, "way": way, "date": "2026-01-01"} for name in ("sigmoid", "silu") for way in ways.SIZES]
+    new = [{"operator": "sigmoid", "way": "compiled"}]
+    rows = ways.updated({"environment": about, "rows": old}, new, about)
+    assert [(row["operator"], row["way"]) for row in rows] == [(row["operator"], row["way"]) for row in old]
+    assert [row["date"][-1] for row in rows] == ["1", "2", "1", "1", "1", "1"]
+    of_another = {"environment": about | {"torch": "2.14"}, "rows": old}
+    assert ways.updated(of_another, new, about) == ways.updated(None, new, about) == [rows[1]]
+
+
 @pytest.mark.parametrize("options", [["--device", "cuda"], ["--threads", "0"], ["--repeat", "0"]])
 def test_ways_refuse_what_they_cannot_measure(options, capsys):
     with pytest.raises(SystemExit):
