@@ -364,7 +364,7 @@ class Calling(torch.nn.Module):
 
 @every_case
 @pytest.mark.launches_nothing("a compiler sees torch operators")
-@pytest.mark.ways("interpreter")
+@pytest.mark.ways
 def test_torch_compile_sees_the_whole_graph_forward_and_backward(name, device):
     torch._dynamo.reset()
     given, ours, formula = both(name, operands(name, torch.float64, device))
