@@ -6,7 +6,7 @@ from reference import FLOATS, FORWARD, SIXTEEN_BIT, allowance, is_normal, runs_k
 
 import torch_sigmoid
 
-pytestmark = [pytest.mark.ways("ptx"), pytest.mark.usefixtures("poisoned_allocations")]
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
