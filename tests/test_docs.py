@@ -26,8 +26,6 @@ from torch_sigmoid import diagnostics, layers, swap
 from torch_sigmoid.diagnostics import advice
 from torch_sigmoid.swap import forms
 
-# Nothing here depends on what executes the kernels.
-pytestmark = pytest.mark.ways()
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
