@@ -26,7 +26,6 @@ from torch_sigmoid import diagnostics, layers, swap
 from torch_sigmoid.diagnostics import advice
 from torch_sigmoid.swap import forms
 
-
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in (torch_sigmoid, torch_sigmoid.functional, torch_sigmoid.nn, diagnostics, layers, swap)
