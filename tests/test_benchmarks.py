@@ -510,23 +510,6 @@ def test_the_pages_figures_and_tables_are_those_of_the_committed_files(monkeypat
     assert all(path.exists() for path in drawn)
 
 
-PAGES = ("README.md", "CHANGELOG.md", "kernels/README.md", "benchmarks/README.md")
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    page = record.ROOT / page
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        path, _, anchor = link.partition("#")
-        if "://" in link:
-            continue
-        there = page.parent / path if path else page
-        assert there.exists(), f"{page}: {link}"
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{page}: {link}"
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_says_what_it_measures_what_it_writes_and_how_long_it_takes(part, capsys):
     for needed in ("matplotlib", "rich", "sklearn", "tqdm"):
