@@ -101,18 +101,21 @@ def test_the_changelog_and_the_citation_name_the_version():
 
 @pytest.fixture
 def installed(places, tmp_path_factory):
-    """Install into a new environment that shares this one's packages, Triton perhaps not; returns how to run its Python."""
+    """Install into a new environment that links to this one's packages, Triton perhaps not; returns how to run its Python."""
 
     def install(place, *options, triton):
         folder = tmp_path_factory.mktemp("an environment with spaces")
         venv.create(folder)
         python = folder / "bin" / "python"
         site = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder)}))
-        shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        hidden = [] if triton else ["import sys; sys.modules['triton'] = None"]
-        (site / "shared.pth").write_text("\n".join([*shared, *hidden]))
-        # An installation of the checkout in this environment must not count as one in the new.
-        pip = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--ignore-installed", "--no-compile")
+        # Not the torch_sigmoid that is installed here: Python would find it before an editable one.
+        hidden = ("torch_sigmoid", "__editable__", *([] if triton else ["triton"]))
+        for shared in (Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
+            for package in shared.iterdir():
+                link = site / package.name
+                if not package.name.startswith(hidden) and package.suffix != ".pth" and not link.exists():
+                    link.symlink_to(package)
+        pip = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile")
         run(python, *pip, "--no-deps", "--no-build-isolation", *options, places[place], cwd=folder)
         return lambda code, **variables: run(python, "-c", code, cwd=folder, **variables)
 
