@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing distributed test lint types mutants soak models bench figures gpu clean
+.PHONY: train vanishing distributed test lint types mutants soak models bench figures docs gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -53,6 +53,11 @@ bench: $(VENV)/installed
 figures: $(VENV)/installed
 	$(RUN) -m benchmarks figures $(ARGS)
 
+# Builds the pages and the reference of every public name as a site, which needs no network; a warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+	@echo "Read it with: $(RUN) -m http.server --directory build/site"
+
 # On a machine with a GPU and torch: tests, exhaustive numerics, speed, host and memory, without an install.
 OUT ?= runs/gpu
 gpu:
@@ -60,7 +65,7 @@ gpu:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench,docs]"
 	touch $@
 
 $(VENV)-models/installed: constraints-models.txt

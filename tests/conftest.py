@@ -20,6 +20,23 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 WAYS = ("device", "interpreter", "ptx")
 # Of ptx/arithmetic.py, which needs Triton; test_ptx.py holds the two together.
 MODELS = ("exact", "ulp-high", "ulp-low", "isa-high", "isa-low", "isa-opposed", "random-1", "random-2")
+# Files that take long to import, and the ways in which they have tests, besides `device`. The others skip them.
+SLOW_TO_IMPORT = {
+    "test_benchmarks.py": (),
+    "test_codegen.py": (),
+    "test_compiled.py": (),
+    "test_distributed_training.py": (),
+    "test_graphs.py": (),
+    "test_models.py": (),
+    "test_opinfo.py": ("interpreter",),
+    "test_readme.py": (),
+    "test_register_transformers.py": (),
+    "test_tracing.py": ("interpreter",),
+    "test_train.py": (),
+    "test_trees.py": (),
+}
+# Tests of a minute each: the first to start, so that no worker waits for one in the end.
+LONGEST = ("test_train.py", "test_distributed_training.py")
 
 
 def pytest_addoption(parser):
@@ -102,28 +119,36 @@ def pytest_report_header(config):
     ]
 
 
-def pytest_collection_modifyitems(config, items):
-    """Each test runs in the ways in which it shows something.
+def pytest_ignore_collect(collection_path, config):
+    way = config.kernels.way
+    return (way != "device" and way not in SLOW_TO_IMPORT.get(collection_path.name, WAYS)) or None
+
+
+def has_its_place(item, way):
+    """Whether a test shows something in a way to run kernels.
 
     What no kernel takes part in runs once, with the kernels left to the device. The interpreter is for the choice of path;
     executed machine code is for numbers and layouts. Models of approximate instructions are for the machine that has them.
     """
-    way = config.kernels.way
+    if way != "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("model", "exact") != "exact":
+        return False
+    if way == "device":
+        return True
+    if way == "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda":
+        return False  # it executes what lies in the host's memory
+    chosen = item.get_closest_marker("ways")
+    return (chosen is None or way in chosen.args) and ("device" in item.fixturenames or "kernels" in item.fixturenames)
 
-    def has_its_place(item):
-        if way != "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("model", "exact") != "exact":
-            return False
-        if way == "device":
-            return True
-        if way == "ptx" and getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda":
-            return False  # it executes what lies in the host's memory
-        chosen = item.get_closest_marker("ways")
-        return (chosen is None or way in chosen.args) and ("device" in item.fixturenames or "kernels" in item.fixturenames)
 
+def pytest_collection_modifyitems(config, items):
+    """Each test runs in the ways in which it shows something, the longest first."""
     kept, elsewhere = [], []
     for item in items:
-        (kept if has_its_place(item) else elsewhere).append(item)
-    items[:] = kept
+        (kept if has_its_place(item, config.kernels.way) else elsewhere).append(item)
+        for way in WAYS[1:]:
+            if way not in SLOW_TO_IMPORT.get(item.path.name, WAYS) and has_its_place(item, way):
+                raise pytest.UsageError(f"{item.nodeid} is skipped with --kernels={way}: mark it, or correct SLOW_TO_IMPORT")
+    items[:] = sorted(kept, key=lambda item: item.path.name not in LONGEST)
     config.hook.pytest_deselected(items=elsewhere)
 
 

@@ -18,6 +18,8 @@ import torch_sigmoid
 from torch_sigmoid import SigmoidFunction
 from torch_sigmoid.internals import likeness
 
+pytestmark = pytest.mark.ways("interpreter")
+
 
 @pytest.fixture
 def function(save):

@@ -34,6 +34,10 @@ from torch_sigmoid.losses import Loss
 TARGETS = targets()
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
 OPERATORS = operators()
+every_dtype_and_target = pytest.mark.parametrize(
+    ("dtype", "target"),
+    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
+)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -225,8 +229,7 @@ def statistics_launches(dtype):
     yield "streak", statistics._streak, (alive, alive), (alive, alive)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", *AMD_ARCHITECTURES])
-@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+@every_dtype_and_target
 def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
     for name, launcher, inputs, outputs in statistics_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
@@ -296,10 +299,7 @@ def gate_launches(dtype):
         yield f"{of} double-backward", double_backward, [full, full, full, gate, gate], [full, full, sums], 5, True
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target"),
-    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
-)
+@every_dtype_and_target
 def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
     # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
     slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
@@ -402,10 +402,7 @@ def test_profilers_see_a_kernel_under_the_name_of_its_formula():
         assert f".visible .entry {name}(" in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target"),
-    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
-)
+@every_dtype_and_target
 def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
     # and the tail are up to 50 instructions an element, and 4 more for each sum but the first. A focal loss may take twice what

@@ -13,11 +13,13 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import torch_sigmoid as ts
-from torch_sigmoid.formulas import narrowed
+from torch_sigmoid.formulas import in_dtype
 from torch_sigmoid.gates import Gated, Interleaved, Unary
 from torch_sigmoid.losses import Loss
 
 pytestmark = [
+    # Once: that a compiler gets torch operators where kernels run too is said by test_tracing.py.
+    pytest.mark.ways(),
     pytest.mark.launches_nothing("a compiler sees torch operators"),
     # The compiler's own.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
@@ -53,16 +55,18 @@ CALLS = {
     ),
     "interleaved swiglu": (lambda packed: ts.swiglu_packed(packed, interleaved=True), Interleaved("silu"), 1),
 }
-every_call = pytest.mark.parametrize("name", CALLS)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def operands(n, dtype, device):
     return [random((6, 32), dtype, device, seed=i) * 40 for i in range(n)]
 
 
-@every_call
-@every_dtype
+# In 16 bit results are narrowed too; in fp32, a formula of one operand and one of two.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(name, torch.bfloat16, id=name) for name in CALLS]
+    + [pytest.param(name, torch.float32, id=f"{name}, fp32") for name in ("silu", "clamped swiglu")],
+)
 def test_a_compiled_gradient_is_the_formula_of_the_gradient(name, dtype, device):
     """Bit for bit: not what autograd would make of the value's formula."""
     function, operator, n = CALLS[name]
@@ -94,7 +98,7 @@ def test_a_compiled_gradient_of_a_loss_is_its_formula(gamma, device):
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("name", ["sigmoid_gate", "swiglu", "clamped swiglu"])
+@pytest.mark.parametrize("name", ["sigmoid_gate", "clamped swiglu"])
 def test_a_compiled_gradient_of_one_operand(name, wanted, device):
     function, _, n = CALLS[name]
     tensors = operands(n, torch.float64, device)
@@ -164,7 +168,8 @@ def test_a_second_derivative_is_an_error_where_the_backend_has_none(name, device
         second_derivative(compiled, random((3, 8), torch.float64, device))
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+# Without quick_gelu, which is silu with another number.
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "glu", "bce"])
 def test_transforms_and_forward_mode_inside_a_compiled_function(name, device):
     function = SMOOTH[name]
     x, tangent = (random((3, 8), torch.float64, device, seed=i) for i in range(2))
@@ -218,4 +223,4 @@ def test_no_value_is_a_tensor_that_another_operator_returned(device):
     assert len(seen) == len(calls)
     assert "to" not in seen
     x = torch.ones(2, device=device)
-    assert narrowed(x, torch.float32) is x
+    assert in_dtype(x, torch.float32) is x

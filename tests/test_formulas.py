@@ -150,7 +150,7 @@ def size_around(function, x):
 ONLY_IN_TORCH = {
     "upcast_dtype": "a kernel asks the pointer",
     "smaller_sigmoid": "σ(-|x|): a kernel has e^-|x| at hand",
-    "narrowed": "a kernel rounds as it stores",
+    "in_dtype": "a kernel rounds as it stores",
     "value": "a kernel takes `weighted` of order 0",
     "sigmoid_grad_from_input": "a kernel takes `weighted` of order 1",
 }

@@ -88,6 +88,8 @@ CASES = {
 # What test_operators.py does not call so: gates that are broadcast, halves along other dimensions, and both with clamps.
 PLAIN = {"logsigmoid", "silu", "glu", "sigmoid_gate", "sigmoid_gate-rows", "swiglu", "swiglu-clamped"}
 every_case = pytest.mark.parametrize("case", [case for case in CASES if case not in PLAIN])
+# Halves and pairs along another dimension, and gradients that are summed: over some dimensions, to a number, to a vector.
+KINDS = ["glu-middle", "sigmoid_gate-alternating", "sigmoid_gate-scalar", "swiglu-broadcast", "swiglu-interleaved-middle"]
 
 
 def operands(case, dtype, device, seed=0):
@@ -291,7 +293,10 @@ def test_values_and_gradients_against_float64(case, dtype, device):
         torch.testing.assert_close(actual.double(), expected, rtol=4 * eps, atol=16 * eps)
 
 
-@every_case
+# Executed, each takes seconds.
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.ways] * (case not in KINDS)) for case in CASES if case not in PLAIN]
+)
 def test_all_first_and_second_derivatives(case, device):
     function = CASES[case][0]
     tensors = leaves(operands(case, torch.float64, device))
@@ -371,9 +376,9 @@ def test_batched_upstream_gradients_can_be_differentiated(case, device):
     torch.testing.assert_close(of(ours), of(theirs), rtol=1e-9, atol=1e-9)
 
 
-@every_case
+@pytest.mark.parametrize("case", KINDS)
 @pytest.mark.launches_nothing("a compiler sees torch operators")
-@pytest.mark.ways("interpreter")
+@pytest.mark.ways
 def test_torch_compile_sees_the_whole_graph(case, device):
     ours, theirs, _ = CASES[case]
     torch._dynamo.reset()
@@ -385,7 +390,7 @@ def test_torch_compile_sees_the_whole_graph(case, device):
 
 @pytest.mark.parametrize("function", [ts.silu, ts.logsigmoid])
 @pytest.mark.launches_nothing("a compiler sees torch operators")
-@pytest.mark.ways("interpreter")
+@pytest.mark.ways
 def test_under_torch_compile_no_gradient_is_lost(function, device):
     torch._dynamo.reset()
     x = torch.linspace(-91, 87, 1001, dtype=torch.float32).to(torch.bfloat16)
@@ -804,7 +809,7 @@ def test_a_traced_graph_holds_for_other_inputs(device):
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 @pytest.mark.launches_nothing("a compiler sees torch operators")
-@pytest.mark.ways("interpreter")
+@pytest.mark.ways
 def test_compile_with_a_size_that_depends_on_data(device):
     torch._dynamo.reset()
     x = random((20,), torch.float32, device)

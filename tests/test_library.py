@@ -26,6 +26,9 @@ SAMPLES = {
     "focal loss": Loss(2.0, 0.25, 0.1, 0, "none", torch.float64),
     "mean": Loss(ignore_index=0, dtype=torch.float64),
 }
+# AOTAutograd takes seconds for the derivative of a double backward, a formula in torch operators. For these it is the formula
+# of other samples: of swiglu on halves and on pairs, and of the loss with other constants.
+TRACED_AS_OTHERS = [SAMPLES[name] for name in ("glu", "interleaved", "focal loss", "mean")]
 every_sample = pytest.mark.parametrize("operator", SAMPLES.values(), ids=SAMPLES)
 
 
@@ -52,7 +55,11 @@ def arguments_of(operator, order):
 def test_torch_finds_nothing_wrong_with_it(operator, order):
     """Its schema, its fake implementation (shapes, strides, dtypes), its derivative, and both under AOTAutograd, dynamic."""
     overload = library.OPERATORS[library.family_of(operator).name, order]
-    assert set(torch.library.opcheck(overload, arguments_of(operator, order)).values()) == {"SUCCESS"}
+    checks = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+    if order == 2 and operator in TRACED_AS_OTHERS:
+        checks.remove("test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(overload, arguments_of(operator, order), test_utils=tuple(checks))
+    assert found == dict.fromkeys(checks, "SUCCESS")
 
 
 @every_sample

@@ -1,22 +1,19 @@
-"""The README: short, its code runs as it stands, and every figure in it is that of a file. The docstrings' examples run too."""
+"""The README: short, its code runs as it stands, and every figure in it is that of a file."""
 
 import csv
-import doctest
-import importlib
 import json
-import pathlib
 import re
 
 import pytest
 import torch
+from pages import ROOT, blocks, run
 
 import torch_sigmoid
 from torch_sigmoid.operators import OPERATORS
 
-ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT.joinpath("README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+USE, LLAMA, RECIPE_LINES, WATCH = blocks("README.md")
 # A sentence is found whatever its line breaks.
 TEXT = " ".join(README.split())
 
@@ -34,18 +31,14 @@ def test_that_no_gpu_has_run_it_stands_on_the_first_screen():
     assert "**No GPU has run it yet.**" in "\n".join(README.splitlines()[:20])
 
 
-def run(block, **names):
-    exec(compile(block, "README.md", "exec"), names)
-    return names
-
-
-def test_the_lines_of_use_run(capsys):
-    found = run(BLOCKS[0])
+def test_the_lines_of_use_run():
+    found = {}
+    printed = run(USE.code, found)
     assert found["x"].grad.item() == pytest.approx(3.36e-4, rel=1e-3)
     assert type(found["model"][1]) is torch_sigmoid.Sigmoid
     assert found["model"][1].save == "input"
     assert found["model"][0].weight.grad.abs().sum() > 0
-    assert capsys.readouterr().out.startswith("Path(name=")
+    assert printed.startswith("Path(name=")
     x = torch.tensor([8.0], dtype=torch.bfloat16, requires_grad=True)
     torch.sigmoid(x).backward()
     assert x.grad.item() == 0
@@ -55,10 +48,9 @@ def randn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_a_llama_is_replaced_and_the_report_is_that_of_the_run(capsys):
+def test_a_llama_is_replaced_and_the_report_is_that_of_the_run():
     pytest.importorskip("transformers", reason="an extra")
-    run(BLOCKS[1], torch=torch, torch_sigmoid=torch_sigmoid)
-    assert f"```\n{capsys.readouterr().out}```" in README
+    assert run(LLAMA.code, {"torch": torch, "torch_sigmoid": torch_sigmoid}) == LLAMA.printed
 
 
 def test_what_replace_saves_is_measured():
@@ -107,17 +99,18 @@ RECIPES = {
     ],
 )
 def test_each_recipe_runs_and_computes_what_it_says(line, expected):
-    (code,) = (each for each in BLOCKS[2].splitlines() if each.startswith(line))
-    found = run(code, torch=torch, torch_sigmoid=torch_sigmoid, **RECIPES)
+    (code,) = (each for each in RECIPE_LINES.code.splitlines() if each.startswith(line))
+    found = {"torch": torch, "torch_sigmoid": torch_sigmoid, **RECIPES}
+    run(code, found)
     if expected is not None:
         assert torch.allclose(found[line.split()[0]], expected(**RECIPES), rtol=1e-5, atol=1e-6)
 
 
 def test_every_recipe_is_tested():
-    assert len(BLOCKS[2].splitlines()) == 7
+    assert len(RECIPE_LINES.code.splitlines()) == 7
 
 
-def test_the_watch_runs(capsys):
+def test_the_watch_runs():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sigmoid())
 
     def train(model):
@@ -126,8 +119,7 @@ def test_the_watch_runs(capsys):
         optimizer.step()
 
     pytest.importorskip("rich")
-    run(BLOCKS[3], model=model, train=train, torch_sigmoid=torch_sigmoid)
-    assert "Sigmoid" in capsys.readouterr().out
+    assert "Sigmoid" in run(WATCH.code, {"model": model, "train": train, "torch_sigmoid": torch_sigmoid})
 
 
 def test_the_table_is_that_of_the_operators():
@@ -197,35 +189,5 @@ def test_how_the_boundary_moves_is_measured():
 
 
 def test_the_kernel_that_is_shown_is_the_one_that_runs():
-    shown, *_ = re.findall(r"^```python\n(.*?)^```", ROOT.joinpath("kernels", "README.md").read_text(), re.M | re.S)
-    assert shown in ROOT.joinpath("kernels", "gates.py").read_text()
-
-
-MODULES = (
-    "sigmoid",
-    "gates",
-    "losses",
-    "siglip",
-    "dispatch",
-    "operators",
-    "nn",
-    "layers",
-    "swap.replacement",
-    "swap.intercept",
-)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_docstrings_run(name):
-    module = importlib.import_module(f"torch_sigmoid.{name}")
-    before = torch_sigmoid.torch_below(0)
-    try:
-        result = doctest.testmod(module, extraglobs={"torch": torch, "torch_sigmoid": torch_sigmoid})
-    finally:
-        torch_sigmoid.torch_below(before)
-    assert result.failed == 0
-
-
-def test_every_public_function_and_context_has_an_example():
-    without = [name for name in torch_sigmoid.__all__ if name.islower() and ">>>" not in getattr(torch_sigmoid, name).__doc__]
-    assert without == []
+    shown, *_ = blocks("kernels/README.md")
+    assert shown.code in ROOT.joinpath("kernels", "gates.py").read_text()

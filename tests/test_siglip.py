@@ -38,7 +38,20 @@ def value_and_gradients(function, tensors):
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize(
     ("size", "chunk_size"),
-    [(1, 1), (1, 16), (2, 1), (2, 3), (17, 1), (17, 3), (17, 16), (17, 1000), (100, 16), (100, 99), (100, 100)],
+    # Executed, a block for each of 17 images takes long; two images have one each too.
+    [
+        (1, 1),
+        (1, 16),
+        (2, 1),
+        (2, 3),
+        pytest.param(17, 1, marks=pytest.mark.ways),
+        (17, 3),
+        (17, 16),
+        (17, 1000),
+        (100, 16),
+        (100, 99),
+        (100, 100),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.launches_nothing("one pair is one column, which torch operators compute")
@@ -102,7 +115,8 @@ def test_ids_are_of_any_integer_dtype_and_stride(dtype, device):
     assert torch.equal(ts.SigLIPLoss()(*tensors, image_ids=apart, text_ids=ids), expected)
 
 
-@pytest.mark.parametrize("size", [1, 5])
+# Executed, test_operators.py has them, of fewer pairs.
+@pytest.mark.parametrize("size", [1, pytest.param(5, marks=pytest.mark.ways)])
 @pytest.mark.launches_nothing("one pair is one column, which torch operators compute")
 def test_first_and_second_derivatives_in_every_mode(size, device):
     tensors = tuple(tensor.requires_grad_() for tensor in pairs(size, 3, torch.float64, device, scale=2.0, bias=-0.3))
@@ -249,7 +263,7 @@ def test_torch_compile_compiles_once_for_all_batches_and_never_holds_the_matrix(
 
 
 @traced
-@pytest.mark.ways("interpreter")
+@pytest.mark.ways
 def test_torch_compile_of_transforms(device):
     torch._dynamo.reset()
     tensors = pairs(4, 3, torch.float64, device)

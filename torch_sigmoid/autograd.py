@@ -150,7 +150,14 @@ def _curvature(
 class SigmoidFunction(Function):
     """`SigmoidFunction.apply(input, save="output")`: σ(x) with the gradient that `save` promises.
 
-    Saves σ for save="output", x for save="input". `torch_sigmoid.sigmoid` is the validated way to call it.
+    Saves σ for save="output", x for save="input". `torch_sigmoid.sigmoid` is the validated way to call it: the function checks
+    what it is given, and takes this Function where autograd has to record it.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> torch_sigmoid.SigmoidFunction.apply(x, "input").sum().backward()
+        >>> x.grad
+        tensor([0.2500, 0.2500])
     """
 
     if TYPE_CHECKING:

@@ -276,7 +276,12 @@ def is_ours(tensor: Tensor) -> bool:
 
 
 class Path(NamedTuple):
-    """The path a call takes, and why."""
+    """The path a call takes: `name` is "triton", "traced" or "torch", and `reason` says why it is this one.
+
+    Example:
+        >>> torch_sigmoid.path(torch.ones(3, dtype=torch.int32)).reason
+        "dtype torch.int32 is torch's own: the kernels take float64, float32, float16 and bfloat16"
+    """
 
     name: Literal["triton", "traced", "torch"]
     reason: str

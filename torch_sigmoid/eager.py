@@ -202,10 +202,12 @@ def _silu_parts(temporaries: Sequence[Tensor], x: Tensor, alpha: float, exactly:
     return sigma, slope
 
 
-def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
+def weighted(
+    v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0, round_to_16_bit: bool = False
+) -> Tensor:
     """`formulas.weighted`, by fused operators where nobody listens and they can; x is fp32 or fp64."""
     if order == 2 or alpha != 1 or not takes(x, v if isinstance(v, Tensor) else None):
-        return formulas.weighted(v, x, function, order, alpha)
+        return formulas.weighted(v, x, function, order, alpha, round_to_16_bit)
     if order == 0:
         result = _FUSED[function](x)
         result = result if isinstance(v, float) and v == 1 else v * result

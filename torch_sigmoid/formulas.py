@@ -37,8 +37,8 @@ def upcast_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype.itemsize == 2 else x.dtype
 
 
-def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, for the value of a compiled Function. If `to` gives back its own tensor, torch 2.11 loses the gradient."""
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, without a `to` that changes nothing: of what it gives back, torch 2.11 loses a compiled gradient."""
     return x if x.dtype is dtype else x.to(dtype)
 
 
@@ -146,14 +146,19 @@ def value(x: Tensor, function: str, alpha: float = 1.0) -> Tensor:
     return sigma if function == "sigmoid" else x.clamp(min=-constant(FAR) / alpha) * sigma
 
 
-def weighted(v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0) -> Tensor:
+def weighted(
+    v: Tensor | float, x: Tensor, function: str, order: int, alpha: float = 1.0, round_to_16_bit: bool = False
+) -> Tensor:
     """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid".
 
-    With `alpha`, f is silu(alpha·x)/alpha.
+    With `alpha`, f is silu(alpha·x)/alpha. What rounding alpha·x loses is nothing that 16 bit would see.
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)
-    gate, lost = (x, None) if alpha == 1 else product(alpha, x)
+    if alpha == 1:
+        gate, lost = x, None
+    else:
+        gate, lost = (alpha * x, None) if round_to_16_bit else product(alpha, x)
     below = gate < 0
     e, scale = exp_minus_abs(gate, lost)
     tail = e * scale

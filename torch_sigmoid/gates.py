@@ -29,9 +29,9 @@ from .checks import (
     overridable,
     promoted,
 )
-from .dispatch import TRANSFORM, Tensors, is_ours, launchable, listener
+from .dispatch import TRANSFORM, WIDE_DTYPES, Tensors, is_ours, launchable, listener
 from .eager import weighted
-from .formulas import narrowed, upcast, value
+from .formulas import in_dtype, upcast, value
 from .internals import constant
 
 
@@ -66,14 +66,17 @@ class Unary(Operator):
             return results
         return self.double_backward_formula(grads, grad_output, x)
 
+    def _weighted(self, v: Tensor | float, x: Tensor, order: int) -> Tensor:
+        return weighted(v, upcast(x), self.function, order, self.alpha, x.dtype not in WIDE_DTYPES)
+
     def formula(self, x: Tensor) -> Tensor:
         if x.dim() == 0:
             # torch's forward mode gives a number times a tensor without dimensions a tangent in fp64.
             return self.formula(x.unsqueeze(0)).squeeze(0)
-        return weighted(1.0, upcast(x), self.function, 0, self.alpha).to(x.dtype)
+        return self._weighted(1.0, x, 0).to(x.dtype)
 
     def value_formula(self, x: Tensor) -> tuple[Tensor]:
-        return (narrowed(value(upcast(x), self.function, self.alpha), x.dtype),)
+        return (in_dtype(value(upcast(x), self.function, self.alpha), x.dtype),)
 
     def plain(self, x: Tensor) -> Tensor:
         if self.function == "logsigmoid":
@@ -81,12 +84,11 @@ class Unary(Operator):
         return F.silu(x) if self.alpha == 1 else x * torch.sigmoid(self.alpha * x)
 
     def backward_formula(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor]:
-        return (weighted(upcast(grad_output), upcast(x), self.function, 1, self.alpha).to(grad_output.dtype),)
+        return (self._weighted(upcast(grad_output), x, 1).to(grad_output.dtype),)
 
     def double_backward_formula(self, grads: Tensors, grad_output: Tensor, x: Tensor) -> Tensors:
-        v, grad, wide = map(upcast, (*grads, grad_output, x))
-        to_grad_output = weighted(v, wide, self.function, 1, self.alpha)
-        return to_grad_output.to(grad_output.dtype), weighted(v * grad, wide, self.function, 2, self.alpha).to(x.dtype)
+        v, grad = map(upcast, (*grads, grad_output))
+        return self._weighted(v, x, 1).to(grad_output.dtype), self._weighted(v * grad, x, 2).to(x.dtype)
 
     def jvp_formula(self, tangents: Tensors, x: Tensor) -> Tensor:
         (tangent,) = tangents
@@ -176,18 +178,19 @@ class Gated(Operator):
         return grad if self.limit is None else torch.where(a.abs() > self.limit, 0.0, grad)
 
     def _weighted(self, v: Tensor | float, g: Tensor, order: int) -> Tensor:
-        result = weighted(v, self._gate(g), self.function, order, self.alpha)
-        return result if self.limit is None or not order else torch.where(g > self.limit, 0.0, result)
+        wide = upcast(g)
+        result = weighted(v, self._gate(wide), self.function, order, self.alpha, g.dtype not in WIDE_DTYPES)
+        return result if self.limit is None or not order else torch.where(wide > self.limit, 0.0, result)
 
     def formula(self, *tensors: Tensor) -> Tensor:
         if tensors[0].dim() == 0:  # as in Unary
             return self.formula(*(tensor.unsqueeze(0) for tensor in tensors)).squeeze(0)
-        a, g = map(upcast, self.parts(tensors))
-        return self._weighted(self._operand(a), g, 0).to(tensors[0].dtype)
+        a, g = self.parts(tensors)
+        return self._weighted(self._operand(upcast(a)), g, 0).to(tensors[0].dtype)
 
     def value_formula(self, *tensors: Tensor) -> tuple[Tensor]:
         a, g = map(upcast, self.parts(tensors))
-        return (narrowed(self._operand(a) * value(self._gate(g), self.function, self.alpha), tensors[0].dtype),)
+        return (in_dtype(self._operand(a) * value(self._gate(g), self.function, self.alpha), tensors[0].dtype),)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         if self.function == "sigmoid" and self.dim is not None:
@@ -208,12 +211,14 @@ class Gated(Operator):
         return self.whole(to_a.to(dtype), to_g.sum_to_size(g.shape).to(dtype))
 
     def backward_formula(self, grad_output: Tensor, *tensors: Tensor) -> Tensors:
-        grad, a, g = map(upcast, (grad_output, *self.parts(tensors)))
+        a, g = self.parts(tensors)
+        grad, a = map(upcast, (grad_output, a))
         to_a = self._past_clamp(self._weighted(grad, g, 0), a)
         return self._reduced(to_a, self._weighted(grad * self._operand(a), g, 1), tensors)
 
     def double_backward_formula(self, grads: Tensors, grad_output: Tensor, *tensors: Tensor) -> Tensors:
-        v, w, grad, a, g = map(upcast, (*self.parts(grads), grad_output, *self.parts(tensors)))
+        a, g = self.parts(tensors)
+        v, w, grad, a = map(upcast, (*self.parts(grads), grad_output, a))
         operand, v = self._operand(a), self._past_clamp(v, a)
         to_grad_output = self._weighted(v, g, 0) + self._weighted(w * operand, g, 1)
         to_a = self._past_clamp(self._weighted(w * grad, g, 1), a)
@@ -221,7 +226,8 @@ class Gated(Operator):
         return to_grad_output.to(grad_output.dtype), *self._reduced(to_a, to_g, tensors)
 
     def jvp_formula(self, tangents: Tensors, *tensors: Tensor) -> Tensor:
-        v, w, a, g = map(upcast, (*self.parts(tangents), *self.parts(tensors)))
+        a, g = self.parts(tensors)
+        v, w, a = map(upcast, (*self.parts(tangents), a))
         result = self._weighted(self._past_clamp(v, a), g, 0) + self._weighted(w * self._operand(a), g, 1)
         return result.to(tensors[0].dtype)
 

@@ -41,14 +41,24 @@ class _Layer(torch.nn.Module):
 
 
 class Sigmoid(_Layer):
-    """σ(x), as `torch_sigmoid.sigmoid` with save="output"."""
+    """σ(x), as `torch_sigmoid.sigmoid` with save="output".
+
+    Example:
+        >>> torch_sigmoid.layers.Sigmoid()(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.sigmoid(input)
 
 
 class SiLU(_Layer):
-    """x·σ(x), as `torch_sigmoid.silu`; written over the input if the layer has `inplace=True`, as `torch.nn.SiLU` may."""
+    """x·σ(x), as `torch_sigmoid.silu`; written over the input if the layer has `inplace=True`, as `torch.nn.SiLU` may.
+
+    Example:
+        >>> torch_sigmoid.layers.SiLU()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7311])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         # getattr's default costs a raised AttributeError at every call.
@@ -56,14 +66,24 @@ class SiLU(_Layer):
 
 
 class QuickGELU(_Layer):
-    """x·σ(1.702x), as `torch_sigmoid.quick_gelu`."""
+    """x·σ(1.702x), as `torch_sigmoid.quick_gelu`.
+
+    Example:
+        >>> torch_sigmoid.layers.QuickGELU()(torch.tensor([0.0, 10.0]))
+        tensor([ 0., 10.])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.quick_gelu(input)
 
 
 class SiluAndMul(_Layer):
-    """silu(a)·b for the halves a, b of the last dimension, as `torch_sigmoid.swiglu_packed`."""
+    """silu(a)·b for the halves a, b of the last dimension, as `torch_sigmoid.swiglu_packed`.
+
+    Example:
+        >>> torch_sigmoid.layers.SiluAndMul()(torch.tensor([100.0, 0.0, 3.0, 5.0]))  # a = [100, 0], b = [3, 5]
+        tensor([300.,   0.])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.swiglu_packed(input)
@@ -79,6 +99,17 @@ class SwiGLUMLP(_Layer):
     Raises:
         TypeError: at the first call, if the layer lacks one of the four.
         ValueError: likewise, if `act_fn` is anything else.
+
+    Example:
+        >>> class MLP(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(4, 4) for _ in range(3))
+        ...         self.act_fn = torch.nn.SiLU()
+        ...
+        ...     forward = torch_sigmoid.layers.SwiGLUMLP.forward  # which is what kernelize does
+        >>> MLP()(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -144,7 +175,8 @@ class InstalledLayerRepository:
         return f"`torch_sigmoid`, layer `{self.layer_name}`"
 
 
-# For every mode of each device. The inner dicts are those of `kernels`, whose keys may be its own type.
+# The inner dicts are those of `kernels`, whose keys may be its own type.
 MAPPING: dict[str, dict[Any, Any]] = {
     name: {device: InstalledLayerRepository(name) for device in ("cpu", "cuda", "rocm", "xpu")} for name in _LAYERS
 }
+"""What `use_kernel_mapping` takes: each layer above by its name, for every mode of each device."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import eager, kernels
 from .autograd import Operator, record
@@ -29,8 +30,8 @@ from .checks import (
     overridable,
     weight_for,
 )
-from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
-from .formulas import narrowed, upcast, upcast_dtype, weighted_loss
+from .dispatch import TRACER, TRANSFORM, Tensors, exports, is_distributed, is_ours, launchable, listener
+from .formulas import in_dtype, upcast, upcast_dtype, weighted_loss
 from .internals import constant, legacy_reduction
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Loss(Operator):
     ) -> Tensor:
         """The same in `dtype`; on a CPU where nobody listens, by fused operators and without a temporary of the size of x."""
         if not eager.takes(x, target, weight, pos_weight, scale if isinstance(scale, Tensor) else None):
-            return narrowed(self.elements(order, scale, x, target, weight, pos_weight, False), dtype)
+            return in_dtype(self.elements(order, scale, x, target, weight, pos_weight, False), dtype)
         if x.numel() <= eager.block_size():
             return self.elements(order, scale, x, target, weight, pos_weight, False, by_fused=True).to(dtype)
         result = torch.empty_like(x, dtype=dtype)
@@ -145,7 +146,7 @@ class Loss(Operator):
             elements = self.elements(0, 1.0, x, target, weight, pos_weight, targets_vary)
         else:
             elements = self.values(0, 1.0, x, target, weight, pos_weight, upcast_dtype(x))
-        return narrowed(self.reduced(elements, self.count(target)), self.dtype)
+        return in_dtype(self.reduced(elements, self.count(target)), self.dtype)
 
     def upstream(self, grad_output: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
         """The gradient that reaches each element."""
@@ -161,8 +162,16 @@ class Loss(Operator):
     ) -> tuple[Tensor, Tensor | None]:
         return self._value(x, target, weight, pos_weight, targets_vary=False), self.count(target)
 
-    def plain(self, *tensors: Tensor) -> Tensor:
-        return self.value_formula(*tensors)[0]
+    def plain(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+        options = self.gamma, self.alpha, self.label_smoothing, self.ignore_index
+        if not exports() or options != (0.0, None, 0.0, None):
+            return self.value_formula(x, target, weight, pos_weight)[0]
+        # Torch's operator loses a loss below an ulp of its logit, which no exported model is for. Compiled, it is no faster.
+        wide = upcast(x)
+        loss = F.binary_cross_entropy_with_logits(
+            wide, in_dtype(target, wide.dtype), weight, reduction=self.reduction, pos_weight=pos_weight
+        )
+        return in_dtype(loss, self.dtype)
 
     def backward_formula(
         self,
@@ -280,7 +289,8 @@ def binary_cross_entropy_with_logits(
 
     Saved for backward: the tensors as they were given (logits as fp64 if the target is), and how many targets were not ignored.
     Under transforms and forward mode, and where target or weights require a gradient (each of them may), autograd keeps what
-    the formula in torch operators needs.
+    the formula in torch operators needs. Exported (torch.export, ONNX), torch's operator runs alone, unless labels are smoothed
+    or ignored.
 
     Raises:
         TypeError: an argument is no tensor, or not of a dtype described above.
@@ -304,7 +314,7 @@ def binary_cross_entropy_with_logits(
         if label_smoothing or ignore_index is not None:
             found = f"{described(input)} with target {described(target)}"
             raise TypeError(f"{caller}(): label_smoothing and ignore_index need dense tensors, got {found}")
-        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
+        return F.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
     return _loss(caller, options, "input", input, "target", target, weight, pos_weight)
 
 

@@ -36,18 +36,21 @@ _FLOAT32 = torch.float32
 class Sigmoid(torch.nn.Sigmoid):
     r"""σ(x) = 1 / (1 + e^-x), element by element: a drop-in for `torch.nn.Sigmoid`, and an instance of it.
 
-    It has no parameters or buffers, so its state_dict is empty, as torch's.
+    Input and output have the same shape, any. Dtypes are as in `torch_sigmoid.sigmoid`. The layer has no parameters or buffers,
+    so its state_dict is empty, as torch's.
 
     Args:
-        save: what backward works from. "output" keeps σ, as torch does; "input" keeps x, and the gradient stays exact
+        save: what backward works from. "output" saves σ, as torch does; "input" saves x, and the gradient stays exact
             where σ has rounded to 1 (see `torch_sigmoid.sigmoid`).
         inplace: write σ over the input. Excludes save="input", whose x would be overwritten.
 
-    Shape:
-        Input and output: any shape, the same.
-
     Raises:
         ValueError: `save` is neither "output" nor "input", or is "input" together with `inplace`.
+
+    Example:
+        >>> layer = torch_sigmoid.Sigmoid(save="input")
+        >>> layer, layer(torch.zeros(2))
+        (Sigmoid(save='input'), tensor([0.5000, 0.5000]))
     """
 
     save: Save = "output"
@@ -87,7 +90,14 @@ class Sigmoid(torch.nn.Sigmoid):
 
 
 class LogSigmoid(torch.nn.LogSigmoid):
-    """log σ(x), element by element: a drop-in for `torch.nn.LogSigmoid`. See `torch_sigmoid.logsigmoid`."""
+    """log σ(x), element by element: a drop-in for `torch.nn.LogSigmoid`.
+
+    Saves x for backward. Shapes, dtypes and errors are those of `torch_sigmoid.logsigmoid`.
+
+    Example:
+        >>> torch_sigmoid.LogSigmoid()(torch.tensor([-200.0, 0.0]))
+        tensor([-200.0000,   -0.6931])
+    """
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return torch.nn.LogSigmoid()
@@ -101,10 +111,16 @@ class LogSigmoid(torch.nn.LogSigmoid):
 
 
 class SiLU(torch.nn.SiLU):
-    """x·σ(x), element by element: a drop-in for `torch.nn.SiLU`. See `torch_sigmoid.silu`.
+    """x·σ(x), element by element: a drop-in for `torch.nn.SiLU`.
+
+    Saves x for backward. Shapes, dtypes and errors are those of `torch_sigmoid.silu`.
 
     Args:
-        inplace: write the result over the input.
+        inplace: write the result over the input. Where a gradient is wanted, a copy of the input is saved, as in torch.
+
+    Example:
+        >>> torch_sigmoid.SiLU()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7311])
     """
 
     # Also for the modules of others that `replace` gives this class.
@@ -122,10 +138,21 @@ class SiLU(torch.nn.SiLU):
 
 
 class QuickGELU(torch.nn.Module):
-    """x·σ(alpha·x), element by element, as in CLIP. See `torch_sigmoid.quick_gelu`.
+    """x·σ(alpha·x), element by element, as in CLIP.
+
+    Saves x for backward. Shapes, dtypes and errors of a call are those of `torch_sigmoid.quick_gelu`.
 
     Args:
         alpha: positive and finite.
+
+    Raises:
+        TypeError: `alpha` is not a number.
+        ValueError: `alpha` is out of range.
+
+    Example:
+        >>> layer = torch_sigmoid.QuickGELU()
+        >>> layer, layer(torch.tensor([0.0, 10.0]))
+        (QuickGELU(alpha=1.702), tensor([ 0., 10.]))
     """
 
     alpha: float = 1.702
@@ -147,10 +174,16 @@ class QuickGELU(torch.nn.Module):
 
 
 class GLU(torch.nn.GLU):
-    """a·σ(b) for the halves a, b of the input along `dim`: a drop-in for `torch.nn.GLU`. See `torch_sigmoid.glu`.
+    """a·σ(b) for the halves a, b of the input along `dim`: a drop-in for `torch.nn.GLU`.
+
+    Saves the input for backward. Shapes, dtypes and errors are those of `torch_sigmoid.glu`.
 
     Args:
-        dim: the dimension to halve.
+        dim: the dimension to halve, of even size.
+
+    Example:
+        >>> torch_sigmoid.GLU()(torch.tensor([2.0, 3.0, 0.0, 100.0]))  # a = [2, 3], b = [0, 100]
+        tensor([1., 3.])
     """
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
@@ -165,7 +198,14 @@ class GLU(torch.nn.GLU):
 
 
 class SigmoidGate(torch.nn.Module):
-    """input·σ(gate), called with both; the gate may be broadcast against the input. See `torch_sigmoid.sigmoid_gate`."""
+    """input·σ(gate), called with both; the gate may be broadcast against the input.
+
+    Saves both for backward, neither expanded. Shapes, dtypes and errors are those of `torch_sigmoid.sigmoid_gate`.
+
+    Example:
+        >>> torch_sigmoid.SigmoidGate()(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 100.0]))
+        tensor([1., 3.])
+    """
 
     if TYPE_CHECKING:
 
@@ -176,10 +216,22 @@ class SigmoidGate(torch.nn.Module):
 
 
 class SwiGLU(torch.nn.Module):
-    """silu(gate)·up, called with both. See `torch_sigmoid.swiglu`.
+    """silu(gate)·up, called with both; in full gate·σ(alpha·gate)·(up + up_offset).
+
+    Saves both for backward. Shapes, dtypes and errors of a call are those of `torch_sigmoid.swiglu`.
 
     Args:
         alpha, limit, up_offset: of the clamped form; GPT-OSS has 1.702, 7.0 and 1.0.
+
+    Raises:
+        TypeError: an option is not a number.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> torch_sigmoid.SwiGLU()(torch.tensor([100.0, 0.0]), torch.tensor([3.0, 5.0]))
+        tensor([300.,   0.])
+        >>> torch_sigmoid.SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)  # GPT-OSS
+        SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
     """
 
     def __init__(self, *, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0) -> None:
@@ -202,12 +254,23 @@ class SwiGLU(torch.nn.Module):
 
 
 class SwiGLUPacked(SwiGLU):
-    """silu(gate)·up for gate and up in one tensor. See `torch_sigmoid.swiglu_packed`.
+    """silu(gate)·up for gate and up in one tensor, which is what it saves for backward.
+
+    Shapes, dtypes and errors of a call are those of `torch_sigmoid.swiglu_packed`.
 
     Args:
         dim: the dimension that holds gate and up.
         interleaved: whether they alternate along `dim`, as in GPT-OSS; else they are its halves.
-        alpha, limit, up_offset: as in `SwiGLU`.
+        alpha, limit, up_offset: as in `torch_sigmoid.SwiGLU`.
+
+    Raises:
+        TypeError: `interleaved` is not a bool, or an option not a number.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> gate_and_up = torch.tensor([100.0, 3.0, 0.0, 5.0])  # gate = [100, 0], up = [3, 5]
+        >>> torch_sigmoid.SwiGLUPacked(interleaved=True)(gate_and_up)
+        tensor([300.,   0.])
     """
 
     def __init__(
@@ -244,13 +307,23 @@ class SwiGLUPacked(SwiGLU):
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    """Binary cross entropy of logits: a drop-in for `torch.nn.BCEWithLogitsLoss`, and an instance of it.
+    """t·log(1 + e^-x) + (1-t)·log(1 + e^x) of logits x and targets t: a drop-in for `torch.nn.BCEWithLogitsLoss`.
 
-    See `torch_sigmoid.binary_cross_entropy_with_logits`. `weight` and `pos_weight` are buffers, as in torch.
+    Called with both. Shapes, dtypes, errors and what is saved for backward are those of
+    `torch_sigmoid.binary_cross_entropy_with_logits`. `weight` and `pos_weight` are buffers, as in torch.
 
     Args:
         weight, size_average, reduce, reduction, pos_weight: as in torch.
         label_smoothing, ignore_index: as in the function.
+
+    Raises:
+        TypeError: `label_smoothing` is not a number, or `ignore_index` not an int.
+        ValueError: `reduction` is unknown, or `label_smoothing` out of range.
+
+    Example:
+        >>> loss = torch_sigmoid.BCEWithLogitsLoss(label_smoothing=0.1)
+        >>> loss, loss(torch.tensor([0.0, 8.0]), torch.ones(2))
+        (BCEWithLogitsLoss(label_smoothing=0.1), tensor(0.5467))
     """
 
     label_smoothing: float = 0.0
@@ -298,9 +371,21 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 
 
 class SigmoidFocalLoss(torch.nn.Module):
-    """Focal loss of logits. See `torch_sigmoid.sigmoid_focal_loss`, whose arguments these are.
+    """α_t·(1 - p_t)^γ·BCE(x, t), the focal loss of logits x and targets t, called with both.
 
-    Note that `reduction` is "none" by default, as in torchvision. `weight` is a buffer.
+    Note that `reduction` is "none" by default, as in torchvision. `weight` is a buffer. Shapes, dtypes, errors and what is
+    saved for backward are those of `torch_sigmoid.sigmoid_focal_loss`.
+
+    Args:
+        alpha, gamma, reduction, label_smoothing, ignore_index, weight: as in the function.
+
+    Raises:
+        TypeError: an option is not a number, or `ignore_index` not an int.
+        ValueError: `reduction` is unknown, or an option out of range.
+
+    Example:
+        >>> torch_sigmoid.SigmoidFocalLoss(reduction="mean")(torch.zeros(2), torch.tensor([0.0, 1.0]))
+        tensor(0.0866)
     """
 
     def __init__(
@@ -350,10 +435,23 @@ def _targets_repr(loss: torch.nn.Module) -> str:
 
 
 class SigLIPLoss(torch.nn.Module):
-    """The sigmoid loss of image-text pairs, called with both features, scale, bias and ids. See `torch_sigmoid.siglip_loss`.
+    """The sigmoid loss of image-text pairs, called with both features, scale, bias and ids.
 
-    `group` is a process group, a DeviceMesh of one dimension, "world", or None. A copy has the same one. A process group cannot
-    be pickled, but "world" can.
+    Formula, shapes, dtypes, errors and what is saved for backward are those of `torch_sigmoid.siglip_loss`.
+
+    Args:
+        chunk_size: as in the function.
+        group: a process group, a DeviceMesh of one dimension, "world", or None. A copy of the layer has the same one. A process
+            group cannot be pickled, but "world" can.
+
+    Raises:
+        TypeError: `chunk_size` is not an int.
+        ValueError: `chunk_size` is below 1.
+
+    Example:
+        >>> features = torch.nn.functional.normalize(torch.eye(4), dim=-1)
+        >>> torch_sigmoid.SigLIPLoss()(features, features, 10.0, -10.0)
+        tensor(0.6933)
     """
 
     def __init__(

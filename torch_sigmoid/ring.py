@@ -123,11 +123,10 @@ class _Lane:
 class Round:
     """Each rank's texts in turn, this rank's own first, while the next ones are under way in both directions.
 
-    Example:
-        >>> texts = ring.round(text, ids)
-        >>> for rank, text, ids in texts:
-        ...     texts.give(gradient_of(text))
-        >>> texts.collected()
+    texts = ring.round(text, ids)
+    for rank, text, ids in texts:
+        texts.give(gradient_of(text))
+    texts.collected()
     """
 
     def __init__(self, ring: Alone, text: Tensor, ids: Tensor, sizes: Sequence[int]) -> None:

@@ -339,7 +339,8 @@ def run_ways(arguments) -> int:
     )
     about = record.environment(arguments.device)
     about["threads"] = " / ".join(map(str, threads))
-    record.write(record.folder_of(arguments.device, arguments.out), "ways", rows, about, skipped=skipped)
+    folder = record.folder_of(arguments.device, arguments.out)
+    record.write(folder, "ways", ways.updated(record.read(folder, "ways"), rows, about), about, skipped=skipped)
     record.show(f"Ours over torch's on {record.device_name(arguments.device)}", rows)
     if skipped:
         print(f"not measured, the time was up: {', '.join(skipped)}")

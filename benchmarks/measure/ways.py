@@ -6,8 +6,9 @@ exported   torch.export.export(...).module() under no_grad, 2²⁰ elements: for
 
 Ours and torch's take turns in each round. A row holds both medians, their ratio, and the 20 % and 80 % quantiles of the rounds'
 own ratios. After the last row all are measured again, with the same compiled code: `again` is the second ratio, `noise` how far
-the two are apart. Inductor takes the number of threads at run time here, so that it compiles once for all of them. SigLIP is
-left out: `pairs` times it.
+the two are apart. Rows of operators and ways that are not measured stay in the file, each with its date and commit, if device
+and torch are the same. Inductor takes the number of threads at run time here, so that it compiles once for all of them. SigLIP
+is left out: `pairs` times it.
 """
 
 import itertools
@@ -139,3 +140,13 @@ def run(names, ways, threads, rounds=ROUNDS, repeat=2, seconds=math.inf) -> tupl
                     first |= {"again": row["ratio"], "noise": noise}
     torch.set_num_threads(default)
     return list(rows.values()), skipped
+
+
+def updated(before: dict | None, rows: list[dict], about: dict) -> list[dict]:
+    """The rows, after those of a file that was there before and that they do not replace."""
+    rows = [row | {"date": about["date"], "commit": about["commit"]} for row in rows]
+    same = before and all(before["environment"][key] == about[key] for key in ("device", "torch"))
+    measured = {(row["operator"], row["way"]) for row in rows}
+    kept = [row for row in before["rows"] if (row["operator"], row["way"]) not in measured] if same else []
+    order = list(itertools.product((name for name, _ in each_case()), SIZES))
+    return sorted(kept + rows, key=lambda row: order.index((row["operator"], row["way"])))

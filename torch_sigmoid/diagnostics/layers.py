@@ -16,7 +16,6 @@ from ..swap.gates import FusedGate, GatedSigmoid, GatedSiLU
 from ..swap.intercept import intercepted_save
 from .gradients import is_readable
 
-# Watched by default; `modules=(*SIGMOID_LIKE, MyGate)` adds to them.
 SIGMOID_LIKE: tuple[type[torch.nn.Module], ...] = (
     *(row.torch_module or row.module for row in OPERATORS.values() if row.watched),
     FusedGate,
@@ -24,6 +23,7 @@ SIGMOID_LIKE: tuple[type[torch.nn.Module], ...] = (
     torch.nn.Tanh,
     torch.nn.ReLU,
 )
+"""The types of modules that a `GradientWatch` watches by default; `modules=(*SIGMOID_LIKE, MyGate)` adds to them."""
 
 
 class Known(NamedTuple):

@@ -82,6 +82,16 @@ class GradientWatch:
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of its range, a name matches no module, or there is no layer to watch.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with torch_sigmoid.diagnostics.GradientWatch(model) as watch:
+        ...     for _ in range(3):
+        ...         model(torch.zeros(2, 4)).sum().backward()
+        ...         optimizer.step()
+        >>> watch.to_dict()["layers"]["1"]["saturated"]
+        [0.0, 0.0, 0.0]
     """
 
     def __init__(
@@ -240,9 +250,6 @@ class GradientWatch:
             "every", "threshold", "dead_after": as given. "steps": the first and the last step of each recorded row; they differ
             once rows were merged. "layers": by name, "type", "dead_units", "units", and for each of the other statistics a list
             with one number a row, None where nothing was seen.
-
-            >>> watch.to_dict()["layers"]["encoder.gate"]["saturated"]
-            [0.0, 0.0625, 0.125]
         """
         rows, seen = self._gather()
         found = {}
@@ -259,7 +266,11 @@ class GradientWatch:
         }
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """A pandas.DataFrame of what `to_dict` holds, one row a layer and recorded row; needs pandas."""
+        """A pandas.DataFrame of what `to_dict` holds, one row a layer and recorded row; needs pandas.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         return report.dataframe(self.to_dict())
 
     def report(self, last: int | None = None, *, file: TextIO | None = None) -> None:
@@ -295,6 +306,7 @@ class GradientWatch:
         """A matplotlib Figure: layer × step for saturation, loss to rounding and attenuation; needs matplotlib.
 
         Raises:
+            ImportError: matplotlib is not installed.
             RuntimeError: nothing was seen.
         """
         seen = self.to_dict()

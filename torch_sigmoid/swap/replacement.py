@@ -140,6 +140,9 @@ def restore(model: _Model) -> _Model:
 
     The activation of a fused block, which the block calls with two arguments, is restored with its block only.
 
+    Args:
+        model: a model, or a part of one.
+
     Raises:
         TypeError: `model` is not a module.
         RuntimeError: since `replace`, somebody has put a method on a module which has that method from us. Nothing is restored.

@@ -66,14 +66,15 @@ def register_transformers(*, save: Save = "output") -> None:
         RuntimeError: it is older than 5.3 or makes models in another way; or this was called before.
 
     Example:
-        >>> torch_sigmoid.register_transformers()  # doctest: +SKIP
-        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")  # doctest: +SKIP
-        >>> print(torch_sigmoid.report(model))  # doctest: +SKIP
-        LlamaForCausalLM: 32 modules of torch_sigmoid
-          modules                         class           now          known as
-          model.layers.{0-15}.mlp         LlamaMLP        swiglu       gated MLP, transformers 5.24
-          model.layers.{0-15}.mlp.act_fn  SiLUActivation  silu, gated
-        >>> torch_sigmoid.unregister_transformers()  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> torch_sigmoid.register_transformers()
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+        >>> print(torch_sigmoid.report(AutoModelForCausalLM.from_config(config)))
+        LlamaForCausalLM: 4 modules of torch_sigmoid
+          modules                        class           now          known as
+          model.layers.{0-1}.mlp         LlamaMLP        swiglu       gated MLP, transformers 5.24
+          model.layers.{0-1}.mlp.act_fn  SiLUActivation  silu, gated
+        >>> torch_sigmoid.unregister_transformers()
     """
     global _registered
     check_save(save)
@@ -99,8 +100,8 @@ def unregister_transformers() -> None:
         RuntimeError: nothing is registered.
 
     Example:
-        >>> torch_sigmoid.register_transformers(save="input")  # doctest: +SKIP
-        >>> torch_sigmoid.unregister_transformers()  # doctest: +SKIP
+        >>> torch_sigmoid.register_transformers(save="input")
+        >>> torch_sigmoid.unregister_transformers()
     """
     global _registered
     if _registered is None:

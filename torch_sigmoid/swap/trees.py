@@ -124,13 +124,17 @@ def fingerprint_of(function: "Function | str") -> str | None:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Put `put` in the place of `find`: an expression, or whole statements that follow each other.
+    r"""Put `put` in the place of `find`: an expression, or whole statements that follow each other.
 
     Both are Python. A name of two capitals or more stands for any expression, the same wherever it stands, and after `self.`
     for any attribute. In `find`, `sigmoid`, `silu` and `logsigmoid` stand for whatever the function calls torch's functions:
     torch.sigmoid, F.silu, nn.functional.silu. Two names mean more in `put`: `self.ACT(gate, other)` gives an activation that
     `find` calls as self.ACT(gate) the other factor, and self.FUSED calls the `fused` function of the `Form`. Everything else is
-    taken as it is written, `self` too. `find` must be found once.
+    taken as it is written, `self` too.
+
+    Args:
+        find: what to look for, which must be there once.
+        put: what comes in its place.
 
     Raises:
         ValueError: either is not Python, or `put` has a name in capitals that `find` does not bind.
@@ -138,6 +142,8 @@ class Rewrite:
     Example:
         >>> from torch_sigmoid.swap import Rewrite
         >>> rewrite = Rewrite("HALF = XS.chunk(2, -1)\nreturn silu(HALF[0]) * HALF[1]", "return self.FUSED(XS, -1)")
+        >>> sorted(rewrite.capitals)
+        ['FUSED', 'XS']
     """
 
     find: str

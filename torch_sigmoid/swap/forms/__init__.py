@@ -27,7 +27,7 @@ def _fingerprints(known: Known, whose: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Form:
-    """A block whose method is known, and how it reads with an operator of this package.
+    r"""A block whose method is known, and how it reads with an operator of this package.
 
     A module is of this form if the syntax tree of its `method` is among `known`, names of locals, comments, annotations and
     line breaks aside, and if what `self.ACT` stands for in the rewrite is a known `activation`. Nothing else counts: what
@@ -50,6 +50,13 @@ class Form:
         TypeError: `known`, `rewrites` or `besides` is not a tuple.
         ValueError: nothing is known, there is neither a rewrite nor a method in its place, or a rewrite puts `self.FUSED` or
             `self.ACT` without `fused` or `activation`.
+
+    Example:
+        >>> from torch_sigmoid.swap import Form, Rewrite
+        >>> text = "def forward(self, x, gate):\n    return x * torch.sigmoid(gate)"
+        >>> rewrite = Rewrite("A * sigmoid(GATE)", "self.FUSED(A, GATE)")
+        >>> Form("my gate", "mine", "1.0", (text,), (rewrite,), fused="sigmoid_gate").name
+        'my gate'
     """
 
     name: str
@@ -180,10 +187,20 @@ def register(form: Form) -> Form:
 
 
 def unregister(form: Form) -> None:
-    """Undo `register`.
+    r"""Undo `register`: `replace` does not know the form any more. Models replaced before stay as they are.
+
+    Args:
+        form: what `register` returned.
 
     Raises:
         ValueError: it is not registered.
+
+    Example:
+        >>> from torch_sigmoid.swap import Form, Rewrite, register, unregister
+        >>> text = "def forward(self, x):\n    return self.out(torch.sigmoid(self.gate(x)) * x)"
+        >>> rewrite = Rewrite("sigmoid(GATE) * XS", "self.FUSED(XS, GATE)")
+        >>> form = register(Form("my gate", "mine", "1.0", (text,), (rewrite,), fused="sigmoid_gate"))
+        >>> unregister(form)
     """
     if form not in _registered:
         raise ValueError(f"unregister(): {getattr(form, 'name', form)!r} is not registered")
