@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing distributed test lint types mutants models bench figures docs gpu clean
+.PHONY: train vanishing distributed test lint types mutants soak models bench figures docs gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -36,6 +36,10 @@ types: $(VENV)/installed-types
 mutants: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mutants]"
 	$(RUN) -m benchmarks mutants $(ARGS)
+
+# Does anything grow? 10,000 calls of every operator, and as many steps of a watched training.
+soak: $(VENV)/installed
+	$(RUN) -m benchmarks soak $(ARGS)
 
 # Models of transformers, timm, torchvision, diffusers and open_clip, trained as they are and replaced; only an install needs a network.
 models: $(VENV)-models/installed

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from . import train
-from .measure import record, speed
+from .measure import record, soak, speed
 from .measure.operators import ORDERS, operators
 from .training import boundary, vanishing
 
@@ -294,6 +294,15 @@ def graphs_lines(graphs: dict) -> list[dict]:
     return lines
 
 
+def soak_lines(results: dict) -> list[dict]:
+    """By how much each count of a call has grown, on one path after the other."""
+    lines = {}
+    for row in results["rows"]:
+        for count, grown in soak.growth(row).items():
+            lines.setdefault(row["what"], {}).setdefault(count, []).append(f"{grown:+}" if grown else "0")
+    return [{"what": what} | {count: " / ".join(line.get(count, [])) for count in soak.ALLOWED} for what, line in lines.items()]
+
+
 TABLES = {
     "accuracy": Table(
         "cpu/accuracy",
@@ -384,6 +393,13 @@ TABLES = {
         "watch | µs a step | overhead",
         "{watch} | {microseconds a step:.0f} | {overhead %:+.1f} %",
         "{rows[0][layers]} hidden layers of width {rows[0][width]}, batches of {rows[0][batch]}: {source}",
+    ),
+    "soak": Table(
+        "cpu/soak",
+        "what is called | objects | tensors | blocks | cached answers | kept launches | resident MiB",
+        "{what} | {objects} | {tensors} | {blocks} | {cached} | {launches} | {MiB}",
+        "{rows[0][calls]:,} calls, after the first {settled}, on the CPU's path / on a stub of a GPU: {source}",
+        soak_lines,
     ),
     "models": Table(
         "models/models",

@@ -1,6 +1,9 @@
 """The suite: it refuses to time what is wrong, says what it cannot measure, and draws only what the files say."""
 
+import dataclasses
+import functools
 import importlib
+import itertools
 import json
 import math
 import re
@@ -12,11 +15,11 @@ import torch
 import torch_sigmoid
 from benchmarks import __main__ as entry
 from benchmarks.__main__ import PARTS
-from benchmarks.measure import counts, gpu, graphs, imports, pairs, record, speed, ways
+from benchmarks.measure import counts, gpu, graphs, imports, pairs, record, soak, speed, stub, ways
 from benchmarks.measure import operators as table
 from benchmarks.measure.operators import TOLERANCE, Operator, Provider, operators
 from torch_sigmoid import kernels
-from torch_sigmoid.operators import siglip_loss
+from torch_sigmoid.operators import OPERATORS, siglip_loss
 
 CPU = torch.device("cpu")
 DTYPES = [dtype for dtype in TOLERANCE if dtype is not torch.float64]
@@ -430,6 +433,82 @@ def test_graphs_are_counted_as_the_committed_file_says():
     committed = record.read(record.RESULTS / "cpu", "graphs")["rows"]
     (row,) = (row for row in committed if (row["operator"], row["provider"]) == (name, "ours"))
     assert {key: row.get(key) for key in counted if key != "onnx"} == {key: counted[key] for key in counted if key != "onnx"}
+
+
+@not_interpreted
+@pytest.mark.skipif(stub.unavailable() is not None, reason="needs a stub of a GPU")
+def test_a_soak_is_written_where_nothing_grows(tmp_path):
+    name = "sigmoid, from the input"
+    assert soak.main(["--calls", "150", "--what", name, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / "soak.json").read_text())["rows"]
+    assert [(row["path"], row["what"], row["calls"]) for row in rows] == [("CPU", name, 150), ("stub of a GPU", name, 150)]
+    assert rows[1]["launches at the end"] == rows[1]["launches after 100"] > 0
+    for row in rows:
+        assert row["objects after 100"] > 1000
+        assert row["cached after 100"] > 0
+
+
+@not_interpreted
+def test_a_watched_training_soaks_without_growth(monkeypatch):
+    monkeypatch.setattr(soak, "SETTLED", 50)
+    (row,) = soak.measure("CPU", 150, ["a training under a GradientWatch"])
+    grown = soak.growth(row)
+    assert {"objects", "tensors", "blocks", "cached"} <= grown.keys() <= soak.ALLOWED.keys()
+    assert all(grown[count] <= soak.ALLOWED[count] for count in grown)
+
+
+LEAKS = {
+    "objects": lambda number: [],
+    "tensors": lambda number: torch.zeros(1),
+    "blocks": lambda number: tuple(float(number + each) for each in range(20)),
+    "cached": functools.cache(lambda number: None),
+    "MiB": lambda number: torch.ones(1 << 16),
+}
+
+
+@pytest.mark.parametrize("count", LEAKS)
+def test_a_leak_is_noticed(count, monkeypatch, tmp_path, capsys):
+    if count == "MiB" and not soak.STATUS.exists():
+        pytest.skip("resident memory is known on Linux only")
+    left, numbers = [], itertools.count()
+    monkeypatch.setattr(soak, "calls", lambda: {"leaks": lambda variant: left.append(LEAKS[count](next(numbers)))})
+    monkeypatch.setattr(soak, "measure_on_stub", lambda *arguments: [])
+    (row,) = soak.measure("CPU", 200)
+    assert soak.growth(row)[count] > soak.ALLOWED[count]
+    assert soak.main(["--calls", "200", "--out", str(tmp_path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_launch_that_stays_is_noticed(monkeypatch):
+    if kernels.UNAVAILABLE:
+        pytest.skip(kernels.UNAVAILABLE)
+    from torch_sigmoid.kernels import kept
+
+    cache, numbers = kept.Cache(), itertools.count()
+    monkeypatch.setattr(soak, "calls", lambda: {"leaks": lambda variant: cache.add(next(numbers), print)})
+    (row,) = soak.measure("CPU", 150)
+    assert soak.growth(row)["launches"] == 50
+
+
+def test_calls_of_a_soak_have_many_dtypes_dimensions_and_strides(monkeypatch):
+    seen = set()
+    case = dataclasses.replace(
+        OPERATORS["silu"].cases[""], function=lambda x: seen.add((x.dtype, x.dim(), x.stride())) or x * 2
+    )
+    monkeypatch.setattr(soak, "cases", lambda: [("silu", OPERATORS["silu"], case)])
+    soak.soak(soak.operator_calls()["silu"], soak.SETTLED + 1)
+    assert {dtype for dtype, _, _ in seen} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    assert {dimensions for _, dimensions, _ in seen} == {1, 2, 3}
+    assert any(strides[-1] != 1 for _, _, strides in seen)
+    assert len(seen) > soak.VARIANTS // 2
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--calls", "100"], "must exceed 100"), (["--what", "silly"], "silly")])
+def test_a_soak_refuses_what_it_cannot_count(options, said, capsys):
+    with pytest.raises(SystemExit):
+        soak.main(options)
+    assert said in capsys.readouterr().err
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):

@@ -22,7 +22,7 @@ from watched import gate_of, seen, watching
 import torch_sigmoid
 from benchmarks.measure import counts
 from benchmarks.measure.operators import operators as benchmarked
-from torch_sigmoid import __main__ as doctor
+from torch_sigmoid import agreement
 from torch_sigmoid.diagnostics import layers as known_layers
 from torch_sigmoid.operators import OPERATORS, cases
 
@@ -693,9 +693,9 @@ def test_a_watch_knows_the_layer_and_its_mean_slope(operator, device):
 
 @pytest.mark.ways("interpreter")
 def test_the_doctor_examines_every_operator_with_an_exact_formula(device):
-    found = doctor.check(torch.device(device), torch.float32)
+    found = agreement.check(torch.device(device), torch.float32)
     assert set(found) == {name.replace(",", "") for name in UNARY} | {"gates and losses"}
-    assert max(found.values()) <= doctor.ALLOWED_ULP[torch.float32]
+    assert max(found.values()) <= agreement.ALLOWED_ULP[torch.float32]
 
 
 def test_the_benchmarks_time_every_case():

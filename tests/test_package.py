@@ -1,6 +1,5 @@
-"""The command line check, life without Triton, and public names."""
+"""Life without Triton, and public names."""
 
-import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -20,32 +19,7 @@ def run(*arguments, cwd=ROOT, **options):
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_the_doctor_agrees():
-    result = run("-m", "torch_sigmoid")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"torch         {torch.__version__}" in result.stdout
-    assert torch_sigmoid.path(torch.empty(1)).reason in result.stdout
-    assert result.stdout.count("agrees with float64") == 4 * (1 + torch.cuda.device_count())
-
-
-def test_the_doctor_reports_a_disagreement(monkeypatch, capsys):
-    from torch_sigmoid import __main__ as doctor
-
-    cases = OPERATORS["sigmoid"].cases
-    monkeypatch.setitem(cases, "", dataclasses.replace(cases[""], function=lambda x: torch.sigmoid(x * 1.001)))
-    assert doctor.main() == 1
-    assert "DISAGREES" in capsys.readouterr().out
-
-
 WITHOUT_TRITON = "import sys, runpy; sys.modules['triton'] = None; "
-
-
-def test_the_doctor_works_without_triton():
-    code = WITHOUT_TRITON + "runpy.run_module('torch_sigmoid', run_name='__main__')"
-    result = run("-c", code)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "triton        not installed" in result.stdout
-    assert "Triton cannot be used" in result.stdout
 
 
 def test_a_layer_trains_without_triton():

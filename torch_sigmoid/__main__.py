@@ -1,134 +1,44 @@
-"""`python -m torch_sigmoid`: what is installed, which path each device takes and why, and whether it agrees with float64.
+"""Say what is installed, which path each device takes and why, whether it agrees with float64, and what to do about troubles.
 
-Exits with 0 only if every check agrees.
+Of torch_sigmoid, torch, Triton and Python; of the compilers and the driver that kernels need; of the caches of compilations,
+and whether they can be written; and of the libraries whose models `replace` knows. Exits with 0 if every check agrees, whatever
+other troubles there are, and with 1 if not.
+
+--json prints one object with all of it:
+  torch_sigmoid, torch, triton, python, torch_cuda, nvidia_driver    versions; null: there is none
+  system, machine, nvidia_devices                                    names
+  kernels_unavailable, triton_untested                               why; null: they are available, and it is tested
+  torch_sees_gpu, python_headers, agrees                             true or false; agrees is that of all checks
+  c_compiler, ptxas                                                  path, version; null: not found
+  caches                                                             of triton and inductor: path, writable, variable
+  slow_settings                                                      variables of the environment
+  libraries                                                          name, version, known_versions, is_known, and forms,
+                                                                     null without --forms: name, known, found
+  devices                                                            device, name, path, reason, and checks: dtype, agrees,
+                                                                     errors in ulp, failure
+  troubles                                                           trouble, remedy
 """
 
-import math
-import platform
+import argparse
 import sys
-
-import torch
-
-import torch_sigmoid
-
-from . import dispatch, kernels
-from .operators import OPERATORS, Row, exact_sigmoid_slope
-
-# Largest errors in ulp of the exact value: one rounding in 16 bit, the arithmetic of exp, sum and quotient in fp32 and fp64.
-ALLOWED_ULP = {torch.float64: 8, torch.float32: 5, torch.float16: 1, torch.bfloat16: 1}
-# The interpreter truncates to bf16 where a GPU rounds.
-INTERPRETER_ULP = 0.5
+from collections.abc import Sequence
 
 
-def worst_ulp(actual: torch.Tensor, exact: list[float]) -> float:
-    """The largest error in ulps of the exact value, over those that are normal numbers."""
-    info = torch.finfo(actual.dtype)
-    errors = [
-        abs(value - true) / (2.0 ** math.floor(math.log2(abs(true))) * info.eps)
-        for value, true in zip(actual.tolist(), exact)
-        if abs(true) >= info.smallest_normal
-    ]
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf
-
-
-def inputs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A grid on which σ' is a normal number, without 0."""
-    reach = 9.0 if dtype is torch.float16 else 80.0
-    x = torch.linspace(-reach, reach, 1003, dtype=torch.float64).to(dtype)
-    return x[x != 0].to(device).requires_grad_()
-
-
-def errors_of(row: Row, case: str, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest error of an operator of one tensor and of its gradient, but where it has a zero to cross."""
-    assert row.exact is not None
-    value, slope = row.exact
-    x = inputs(device, dtype)
-    output = row.cases[case].function(x)
-    (grad,) = torch.autograd.grad(output, x, torch.ones_like(x))
-    numbers = x.tolist()
-    if row.family == "sigmoid" and not case:
-        # From the output: the slope of the σ that it has kept.
-        slopes = [sigma * (1 - sigma) for sigma in output.tolist()]
-    else:
-        slopes = [slope(number) for number in numbers]
-    # Around a zero of the derivative, errors are those of its terms.
-    steady = torch.tensor([abs(each) > 0.1 or not -3 < number < 0 for each, number in zip(slopes, numbers)])
-    slopes = [each for each, kept in zip(slopes, steady.tolist()) if kept]
-    return max(worst_ulp(output.detach().cpu(), list(map(value, numbers))), worst_ulp(grad.cpu()[steady], slopes))
-
-
-def errors_of_the_others(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest error of a gate of 2.5 and of a cross entropy, and of their gradients."""
-    x = inputs(device, dtype)
-    numbers = x.tolist()
-    operand = torch.full_like(x, 2.5).requires_grad_()
-    gated = torch_sigmoid.sigmoid_gate(operand, x)
-    of_operand, of_gate = torch.autograd.grad(gated, (operand, x), torch.ones_like(x))
-    entropy = torch_sigmoid.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
-    (of_entropy,) = torch.autograd.grad(entropy, x, torch.ones_like(x))
-    sigmoid, _ = OPERATORS["sigmoid"].exact or (None, None)
-    logsigmoid, _ = OPERATORS["logsigmoid"].exact or (None, None)
-    assert sigmoid is not None
-    assert logsigmoid is not None
-    results = (
-        (gated, [2.5 * sigmoid(number) for number in numbers]),
-        (of_operand, [sigmoid(number) for number in numbers]),
-        (of_gate, [2.5 * exact_sigmoid_slope(number) for number in numbers]),
-        (entropy, [-logsigmoid(number) for number in numbers]),
-        (of_entropy, [-sigmoid(-number) for number in numbers]),
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_sigmoid",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    return max(worst_ulp(actual.detach().cpu(), exact) for actual, exact in results)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    parser.add_argument("--forms", action="store_true", help="read which known code stands in the libraries' source: seconds")
+    chosen = parser.parse_args(arguments)
+    from . import doctor
 
-
-def check(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The largest errors of each operator with an exact formula, and of the rest, by name."""
-    found = {}
-    for name, row in OPERATORS.items():
-        if row.exact:
-            for case in row.cases:
-                found[f"{name} {case}".strip()] = errors_of(row, case, device, dtype)
-    return found | {"gates and losses": errors_of_the_others(device, dtype)}
-
-
-def devices() -> list[torch.device]:
-    found = [torch.device("cpu")]
-    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    found += [torch.device("xpu", index) for index in range(torch.xpu.device_count())]
-    return found + [torch.device("mps")] * torch.backends.mps.is_available()
-
-
-def main() -> int:
-    try:
-        import triton
-    except ImportError:
-        triton_version = "not installed"
-    else:
-        triton_version = triton.__version__
-    print(f"torch_sigmoid {torch_sigmoid.__version__}")
-    print(f"torch         {torch.__version__}")
-    print(f"triton        {triton_version}")
-    print(f"kernels       {kernels.UNAVAILABLE or 'can be compiled'}")
-    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
-
-    all_agree = True
-    # The kernels are checked, also at sizes that otherwise go to torch's operator.
-    dispatch.torch_below(0)
-    for device in devices():
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        chosen = torch_sigmoid.path(torch.empty(1, device=device))
-        print(f"\n{device} ({name}): path {chosen.name}: {chosen.reason}")
-        interpreted = dispatch.kernels_refusal(device) is None and kernels.INTERPRETED
-        for dtype, allowed in ALLOWED_ULP.items():
-            if dtype is torch.float64 and device.type == "mps":
-                continue
-            allowance = INTERPRETER_ULP if interpreted and dtype is torch.bfloat16 else 0
-            found = check(device, dtype)
-            agrees = all(error <= allowed + allowance for error in found.values())
-            errors = ", ".join(f"{error:.2f} {name}" for name, error in found.items())
-            print(f"  {dtype!s:15} {'agrees' if agrees else 'DISAGREES'} with float64; ulp off at most: {errors}")
-            all_agree = all_agree and agrees
-    print("\n" + ("everything agrees" if all_agree else "NOT everything agrees"))
-    return 0 if all_agree else 1
+    facts = doctor.examine(read_forms=chosen.forms)
+    print(doctor.as_json(facts) if chosen.json else doctor.as_text(facts))
+    return 0 if facts.agrees else 1
 
 
 if __name__ == "__main__":

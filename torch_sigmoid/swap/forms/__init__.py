@@ -92,6 +92,10 @@ class Form:
     def fingerprints(self) -> frozenset[str]:
         return _fingerprints(self.known, f"Form({self.name!r})")
 
+    @functools.cached_property
+    def fingerprints_besides(self) -> dict[str, frozenset[str]]:
+        return {name: _fingerprints(known, self.name) for name, known in self.besides}
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that must be known."""
@@ -102,7 +106,7 @@ class Form:
         function = getattr(module_type, self.method, None)
         if function is None or fingerprint_of(function) not in self.fingerprints:
             return False
-        besides = [(getattr(module_type, name, ""), _fingerprints(known, self.name)) for name, known in self.besides]
+        besides = [(getattr(module_type, name, ""), known) for name, known in self.fingerprints_besides.items()]
         return all(fingerprint_of(method) in known for method, known in besides) and all(
             map(runs_its_source, (function, *(method for method, _ in besides)))
         )
