@@ -144,7 +144,7 @@ def test_it_installs_and_agrees_without_triton_in_a_path_with_spaces(place, opti
     else:
         assert "an environment with spaces" in str(root)
         assert kernels == root.parent / "kernels" / "__init__.py"
-    assert "triton        not installed" in said
+    assert ["triton", "not", "installed"] in [line.split() for line in said]
     assert sum("agrees with float64" in line for line in said) == 4 * (1 + torch.cuda.device_count())
 
 
