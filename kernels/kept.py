@@ -13,10 +13,11 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
+from . import TESTED, minor_version
 from .maths import INTERPRETED
 
-# `CompiledKernel.run` is no public interface; these versions were read and tried. Others launch by `kernel[grid]`.
-KEEPS_COMPILATIONS = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# `CompiledKernel.run` is no public interface; the tested versions were read. Others launch by `kernel[grid]`.
+KEEPS_COMPILATIONS = not INTERPRETED and minor_version(triton) in TESTED
 # For each launcher: a network has dozens of shapes, and an entry takes about a kilobyte.
 MAX_KEPT = 4096
 
