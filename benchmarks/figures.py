@@ -310,7 +310,7 @@ TABLES = {
         "versions",
         "torch | Triton | Python | plain | interpreter | ptx",
         "{versions} | {plain} | {interpreter} | {ptx}",
-        "Tests passed / failed / skipped on a {environment[device]}, up to {environment[date]}; [the numbers](results/versions.csv).",
+        "Tests passed / failed / skipped: {environment[device]}, {environment[date]}; [the numbers](results/versions.csv).",
         versions_lines,
         n_labels=3,
     ),

@@ -11,8 +11,8 @@ Importable everywhere, and at no cost: Triton is imported when the first attribu
 import importlib
 from typing import Any
 
-# Minor versions of Triton whose kernels and launches are tested. Before the first one a correctly rounded quotient is flushed to 0
-# where it is subnormal; before 3.3 kernels take no tuples.
+# The minor versions of Triton whose kernels and launches are tested. Before the first one a correctly rounded quotient is
+# flushed to 0 where it is subnormal; before 3.3 kernels take no tuples.
 TESTED = ((3, 6), (3, 7), (3, 8), (3, 9))
 FAMILIES = ("sigmoid", "gates", "interleaved", "losses", "siglip", "statistics")
 

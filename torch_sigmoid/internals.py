@@ -1,7 +1,7 @@
 """The private names of torch that this package uses, each with the reason why no public one will do; none is used elsewhere.
 
-(`kernels/`, which imports nothing from here, has two more: `_cuda_getDevice` in kept.py, and in launch.py what reads a
-copy-on-write tensor.)
+`SINCE` lists them with the first torch that has each. (`kernels/`, which imports nothing from here, has three of its own:
+`_cuda_getDevice` in kept.py, and in launch.py two to read a copy-on-write tensor.)
 """
 
 import sys
@@ -298,68 +298,67 @@ def forget_tables(*, but: list[Any]) -> None:
 # Every private name of torch that the package uses, under the first torch that has it (2.6: that one or one before). Those of
 # instances stand behind their class. tests/test_internals.py holds this table to the code, and to the torch that runs.
 SINCE = {
-    "2.6": """
-        torch.Tensor._is_view
-        torch._C.DispatchKey
-        torch._C.DispatchKeySet
-        torch._C._TorchDispatchModeKey
-        torch._C._are_functorch_transforms_active
-        torch._C._autograd._get_sequence_nr
-        torch._C._autograd._top_saved_tensors_default_hooks
-        torch._C._construct_storage_from_data_pointer
-        torch._C._cuda_getDevice
-        torch._C._current_graph_task_id
-        torch._C._dispatch_keys
-        torch._C._dispatch_tls_is_dispatch_key_included
-        torch._C._distributed_c10d.Backend.Options._timeout
-        torch._C._distributed_c10d.ProcessGroup._device_types
-        torch._C._distributed_c10d.ProcessGroup._get_backend
-        torch._C._distributed_c10d.Store
-        torch._C._dynamo.guards.TensorGuards
-        torch._C._functorch.TransformType
-        torch._C._functorch.get_interpreter_stack
-        torch._C._functorch.is_functorch_wrapped_tensor
-        torch._C._functorch.is_legacy_batchedtensor
-        torch._C._functorch.unwrap_if_dead
-        torch._C._get_dispatch_mode
-        torch._C._get_obj_in_tls
-        torch._C._is_cow_tensor
-        torch._C._is_key_in_tls
-        torch._C._is_tracing
-        torch._C._len_torch_dispatch_stack
-        torch._C._len_torch_function_stack
-        torch._C._nn
-        torch._C._stash_obj_in_tls
-        torch._dynamo.OptimizedModule._orig_mod
-        torch._dynamo.disable
-        torch._dynamo.trace_rules.get_tensor_method
-        torch._dynamo.trace_rules.get_torch_obj_rule_map
-        torch._dynamo.variables.torch.get_overridable_functions
-        torch._ops.OpOverload._schema
-        torch._subclasses.FakeTensor
-        torch.autograd.Function._backward_cls
-        torch.autograd.forward_ad._current_level
-        torch.autograd.graph.Node._sequence_nr
-        torch.compiler._is_exporting_flag
-        torch.distributed._composable.replicate_with_fsdp.ReplicateModule
-        torch.distributed.distributed_c10d._get_process_group_store
-        torch.distributed.tensor.DTensor._op_dispatcher
-        torch.distributed.tensor._dtensor_spec.DTensorSpec
-        torch.distributed.tensor._op_schema.OpSchema
-        torch.distributed.tensor._op_schema.OpSpec
-        torch.distributed.tensor._op_schema.OpStrategy
-        torch.distributed.tensor._op_schema.RuntimeSchemaInfo
-        torch.jit._builtins._find_builtin
-        torch.jit._builtins._register_builtin
-        torch.nn.Module._backward_hooks
-        torch.nn.Module._backward_pre_hooks
-        torch.nn.Module._compiled_call_impl
-        torch.nn.Module._forward_hooks
-        torch.nn.Module._forward_pre_hooks
-        torch.nn._reduction.legacy_get_string
-        torch.overrides._get_current_function_mode_stack
-        torch.overrides._get_overridable_functions
-        torch.overrides._get_tensor_methods
-        torch.utils._pytree.tree_leaves
-    """.split(),
+    "2.6": [
+        "torch.Tensor._is_view",
+        "torch._C.DispatchKey",
+        "torch._C.DispatchKeySet",
+        "torch._C._TorchDispatchModeKey",
+        "torch._C._are_functorch_transforms_active",
+        "torch._C._autograd._get_sequence_nr",
+        "torch._C._construct_storage_from_data_pointer",
+        "torch._C._cuda_getDevice",
+        "torch._C._current_graph_task_id",
+        "torch._C._dispatch_keys",
+        "torch._C._dispatch_tls_is_dispatch_key_included",
+        "torch._C._distributed_c10d.Backend.Options._timeout",
+        "torch._C._distributed_c10d.ProcessGroup._device_types",
+        "torch._C._distributed_c10d.ProcessGroup._get_backend",
+        "torch._C._distributed_c10d.Store",
+        "torch._C._dynamo.guards.TensorGuards",
+        "torch._C._functorch.TransformType",
+        "torch._C._functorch.get_interpreter_stack",
+        "torch._C._functorch.is_functorch_wrapped_tensor",
+        "torch._C._functorch.is_legacy_batchedtensor",
+        "torch._C._functorch.unwrap_if_dead",
+        "torch._C._get_dispatch_mode",
+        "torch._C._get_obj_in_tls",
+        "torch._C._is_cow_tensor",
+        "torch._C._is_key_in_tls",
+        "torch._C._is_tracing",
+        "torch._C._len_torch_dispatch_stack",
+        "torch._C._len_torch_function_stack",
+        "torch._C._nn",
+        "torch._C._stash_obj_in_tls",
+        "torch._dynamo.OptimizedModule._orig_mod",
+        "torch._dynamo.disable",
+        "torch._dynamo.trace_rules.get_tensor_method",
+        "torch._dynamo.trace_rules.get_torch_obj_rule_map",
+        "torch._dynamo.variables.torch.get_overridable_functions",
+        "torch._ops.OpOverload._schema",
+        "torch._subclasses.FakeTensor",
+        "torch.autograd.Function._backward_cls",
+        "torch.autograd.forward_ad._current_level",
+        "torch.autograd.graph.Node._sequence_nr",
+        "torch.distributed.distributed_c10d._get_process_group_store",
+        "torch.distributed.tensor.DTensor._op_dispatcher",
+        "torch.distributed.tensor._dtensor_spec.DTensorSpec",
+        "torch.distributed.tensor._op_schema.OpSchema",
+        "torch.distributed.tensor._op_schema.OpStrategy",
+        "torch.distributed.tensor._op_schema.RuntimeSchemaInfo",
+        "torch.jit._builtins._find_builtin",
+        "torch.jit._builtins._register_builtin",
+        "torch.nn.Module._backward_hooks",
+        "torch.nn.Module._backward_pre_hooks",
+        "torch.nn.Module._compiled_call_impl",
+        "torch.nn.Module._forward_hooks",
+        "torch.nn.Module._forward_pre_hooks",
+        "torch.nn._reduction.legacy_get_string",
+        "torch.overrides._get_current_function_mode_stack",
+        "torch.overrides._get_overridable_functions",
+        "torch.overrides._get_tensor_methods",
+        "torch.utils._pytree.tree_leaves",
+    ],
+    "2.7": ["torch.compiler._is_exporting_flag"],
+    "2.8": ["torch._C._autograd._top_saved_tensors_default_hooks", "torch.distributed.tensor._op_schema.OpSpec"],
+    "2.9": ["torch.distributed._composable.replicate_with_fsdp.ReplicateModule"],
 }

@@ -1,4 +1,4 @@
-"""The test suite on this torch, Triton and Python: what passed, failed and was skipped in each way to run kernels.
+"""Test this torch, Triton and Python: how many tests pass, fail and are skipped in each way to run kernels.
 
 `make versions` runs this in an environment for each supported version; noxfile.py lists them. Writes
 benchmarks/results/versions.csv and .json at once, with one row for each environment and way; a new run replaces its own row.
@@ -17,7 +17,8 @@ from . import record
 
 # The columns' names for the ways of tests/conftest.py.
 WAYS = {"plain": "device", "interpreter": "interpreter", "ptx": "ptx"}
-WORK = record.ROOT / "runs" / "versions"
+CHECKOUT = record.ROOT
+WORK = CHECKOUT / "runs" / "versions"
 
 
 def counts(report: Path) -> dict[str, int]:
@@ -41,7 +42,7 @@ def run(report: Path, way: str, jobs: str) -> dict[str, int]:
     options = "-n", jobs, "--dist", "worksteal", f"--kernels={WAYS[way]}", f"--junit-xml={report}"
     with open(report.with_suffix(".log"), "w") as log:
         command = [sys.executable, "-m", "pytest", *options]
-        status = subprocess.run(command, cwd=record.ROOT, stdout=log, stderr=log).returncode
+        status = subprocess.run(command, cwd=CHECKOUT, stdout=log, stderr=log).returncode
     if not report.exists() or status not in (0, 1):
         raise record.WrongResultError(f"pytest ended with status {status} and has not run all tests: {log.name}")
     return counts(report)

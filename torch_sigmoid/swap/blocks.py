@@ -1,6 +1,5 @@
 """What becomes of a module: which class of ours takes the place of its own, or why none does."""
 
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
