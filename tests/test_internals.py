@@ -3,6 +3,7 @@
 import ast
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,21 @@ def test_what_wraps_a_module_is_known_once_it_is_imported():
     importlib.import_module("torch.distributed._composable.replicate_with_fsdp")
     assert [each.__name__ for each in internals.wrapping_types()] == ["FSDPModule", "ReplicateModule"]
     assert "torch.distributed.fsdp" in sys.modules
+
+
+def test_what_a_backward_finds_is_referred_to_as_often_as_it_is_held():
+    """torch 2.10 and 2.11 drop one reference too many, and a list that was freed so ends the process."""
+    first, second = ["output"], ["input"]
+
+    def in_a_thread():
+        before = sys.getrefcount(first)
+        for _ in range(3):
+            internals.set_for_backward(first)
+        assert internals.set_of_backward() is first
+        assert sys.getrefcount(first) == before + 1
+        internals.set_for_backward(second)
+        assert internals.set_of_backward() is second
+        assert sys.getrefcount(first) == before
+
+    with ThreadPoolExecutor(1) as workers:
+        workers.submit(in_a_thread).result()

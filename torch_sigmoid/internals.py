@@ -4,6 +4,7 @@
 `_cuda_getDevice` in kept.py, and in launch.py two to read a copy-on-write tensor.)
 """
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -261,11 +262,17 @@ _SAVES = "torch_sigmoid.intercept"
 
 def set_for_backward(saves: list[Any]) -> None:
     """Let a backward that this thread starts find `saves`, in whichever threads it runs."""
+    if set_of_backward() is saves:
+        return
+    references = sys.getrefcount(saves)
     _C._stash_obj_in_tls(_SAVES, saves)
+    if sys.getrefcount(saves) == references:
+        # torch 2.10 and 2.11 later drop a reference that they have not taken, which frees `saves` under its owner.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(saves))
 
 
 def set_of_backward() -> list[Any]:
-    """What the thread that started this backward has set."""
+    """What the thread that started this backward has set; empty if it has set nothing."""
     return _C._get_obj_in_tls(_SAVES) if _C._is_key_in_tls(_SAVES) else []
 
 
