@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train vanishing distributed test lint types mutants soak models bench figures docs gpu clean
+.PHONY: train vanishing distributed test versions lint types mutants soak models bench figures docs gpu clean
 
 train: $(VENV)/installed
 	$(RUN) -m benchmarks.train $(ARGS)
@@ -22,6 +22,11 @@ test: lint
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 	$(RUN) -m pytest -n auto --dist worksteal --kernels=interpreter $(ARGS)
 	$(RUN) -m pytest -n auto --dist worksteal --kernels=ptx $(ARGS)
+
+# The tests on each supported version of torch, Triton and Python, in environments below .nox/ of 5 GB each, for hours.
+versions: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[versions]"
+	$(RUN) -m nox $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -78,4 +83,4 @@ $(VENV)/installed-types: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-models build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-models .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

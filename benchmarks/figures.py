@@ -20,6 +20,7 @@ import numpy as np
 
 from . import train
 from .measure import record, soak, speed
+from .measure import versions as tested_versions
 from .measure.operators import ORDERS, operators
 from .training import boundary, vanishing
 
@@ -286,6 +287,16 @@ def ways_lines(ways: dict) -> list[dict]:
     return [line(*each) for each in lines.items()]
 
 
+def versions_lines(versions: dict) -> list[dict]:
+    """A line for each environment: under each way what passed, failed and was skipped."""
+    rows = [row | {"versions": f"{row['torch']} | {row['triton']} | {row['python']}"} for row in versions["rows"]]
+    lines = pivot(rows, "versions", "way")
+    for line in lines:
+        for way in tested_versions.WAYS:
+            line[way] = "{passed} / {failed} / {skipped}".format_map(line[way]) if way in line else NOT_MEASURED
+    return lines
+
+
 def graphs_lines(graphs: dict) -> list[dict]:
     lines = pivot(graphs["rows"], "operator", "provider")
     for line in lines:
@@ -304,6 +315,14 @@ def soak_lines(results: dict) -> list[dict]:
 
 
 TABLES = {
+    "versions": Table(
+        "versions",
+        "torch | Triton | Python | plain | interpreter | ptx",
+        "{versions} | {plain} | {interpreter} | {ptx}",
+        "Tests passed / failed / skipped: {environment[device]}, {environment[date]}; [the numbers](results/versions.csv).",
+        versions_lines,
+        n_labels=3,
+    ),
     "accuracy": Table(
         "cpu/accuracy",
         "dtype | gradient by | lost (exactly 0) | more than 1 % off | largest error | at x = …",
@@ -538,7 +557,7 @@ def main(argv=None) -> int:
                 for draw in drawings:
                     draw(results, (folder / name).parent)
     for name, table in TABLES.items():
-        folder, _, file = table.file.partition("/")
+        folder, _, file = table.file.rpartition("/")
         if results := record.read(record.RESULTS / folder, file):
             update_page(name, table.write(results, record.RESULTS / folder))
     cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code", "models")]

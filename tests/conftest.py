@@ -222,7 +222,8 @@ def poisoned_allocations(monkeypatch):
     def poisoned(allocate):
         def allocate_poisoned(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            with torch.no_grad():  # torch makes some that require grad
+                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         return allocate_poisoned
 

@@ -38,6 +38,18 @@ def test_a_triton_that_is_too_old_is_named():
     assert "3.5.1 is older than 3.6" in run("-c", code).stdout
 
 
+def test_a_triton_newer_than_tested_is_named_and_launches_by_its_public_entry():
+    pytest.importorskip("triton")
+    code = (
+        "import sys, triton; triton.__version__ = sys.argv[1]; from torch_sigmoid import kernels; "
+        "from torch_sigmoid.kernels import kept; print(kernels.UNAVAILABLE, kept.KEEPS_COMPILATIONS, kernels.untested())"
+    )
+    for version in ("3.10.0", "3.99.1+git", "4.0.0"):
+        expected = f"None False Triton {version} is not tested with this version, only 3.6 to 3.9: each launch goes through"
+        assert run("-c", code, version).stdout.startswith(expected)
+    assert run("-c", code, "3.9.7").stdout.split() == ["None", "True", "None"]
+
+
 def test_public_names():
     assert set(torch_sigmoid.__all__) <= set(dir(torch_sigmoid))
     for name in torch_sigmoid.__all__:

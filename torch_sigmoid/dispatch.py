@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from . import kernels
 from .checks import check_save, check_tensors
 from .internals import (
+    FakeTensor,
     Likeness,
     dispatch_modes,
     functionalizes,

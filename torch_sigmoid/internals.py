@@ -1,9 +1,10 @@
 """The private names of torch that this package uses, each with the reason why no public one will do; none is used elsewhere.
 
-(`kernels/`, which imports nothing from here, has two more: `_cuda_getDevice` in kept.py, and in launch.py what reads a
-copy-on-write tensor.)
+`SINCE` lists them with the first torch that has each. (`kernels/`, which imports nothing from here, has three of its own:
+`_cuda_getDevice` in kept.py, and in launch.py two to read a copy-on-write tensor.)
 """
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,7 +13,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch._subclasses import FakeTensor as FakeTensor
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 _C = torch._C
 _Parameters = ParamSpec("_Parameters")
@@ -140,6 +143,11 @@ def apply_of(function: type[Function]) -> Callable[..., Tensor]:
     return apply
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows a base of this tensor, which a change in place would change too."""
+    return tensor._is_view()
+
+
 def saved_tensor_hooks() -> bool:
     """Whether hooks on saved tensors are in force; torch only lets one push and pop them."""
     return _C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -163,6 +171,16 @@ def node_number(node: Any) -> int:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether torch.compile has wrapped this module, or replaced its call."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def wrapping_types() -> tuple[type, ...]:
+    """The classes that `fully_shard` and `replicate` put on top of a module's own; none before they are imported."""
+    places = ("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed._composable.replicate_with_fsdp", "ReplicateModule")
+    return tuple(filter(None, (getattr(sys.modules.get(module), name, None) for module, name in places)))
 
 
 def store_of(group: "torch.distributed.ProcessGroup") -> "torch._C._distributed_c10d.Store":
@@ -244,11 +262,17 @@ _SAVES = "torch_sigmoid.intercept"
 
 def set_for_backward(saves: list[Any]) -> None:
     """Let a backward that this thread starts find `saves`, in whichever threads it runs."""
+    if set_of_backward() is saves:
+        return
+    references = sys.getrefcount(saves)
     _C._stash_obj_in_tls(_SAVES, saves)
+    if sys.getrefcount(saves) == references:
+        # torch 2.10 and 2.11 later drop a reference that they have not taken, which frees `saves` under its owner.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(saves))
 
 
 def set_of_backward() -> list[Any]:
-    """What the thread that started this backward has set."""
+    """What the thread that started this backward has set; empty if it has set nothing."""
     return _C._get_obj_in_tls(_SAVES) if _C._is_key_in_tls(_SAVES) else []
 
 
@@ -276,3 +300,72 @@ def forget_tables(*, but: list[Any]) -> None:
     for table in _tables():
         if table not in but:
             table.cache_clear()
+
+
+# Every private name of torch that the package uses, under the first torch that has it (2.6: that one or one before). Those of
+# instances stand behind their class. tests/test_internals.py holds this table to the code, and to the torch that runs.
+SINCE = {
+    "2.6": [
+        "torch.Tensor._is_view",
+        "torch._C.DispatchKey",
+        "torch._C.DispatchKeySet",
+        "torch._C._TorchDispatchModeKey",
+        "torch._C._are_functorch_transforms_active",
+        "torch._C._autograd._get_sequence_nr",
+        "torch._C._construct_storage_from_data_pointer",
+        "torch._C._cuda_getDevice",
+        "torch._C._current_graph_task_id",
+        "torch._C._dispatch_keys",
+        "torch._C._dispatch_tls_is_dispatch_key_included",
+        "torch._C._distributed_c10d.Backend.Options._timeout",
+        "torch._C._distributed_c10d.ProcessGroup._device_types",
+        "torch._C._distributed_c10d.ProcessGroup._get_backend",
+        "torch._C._distributed_c10d.Store",
+        "torch._C._dynamo.guards.TensorGuards",
+        "torch._C._functorch.TransformType",
+        "torch._C._functorch.get_interpreter_stack",
+        "torch._C._functorch.is_functorch_wrapped_tensor",
+        "torch._C._functorch.is_legacy_batchedtensor",
+        "torch._C._functorch.unwrap_if_dead",
+        "torch._C._get_dispatch_mode",
+        "torch._C._get_obj_in_tls",
+        "torch._C._is_cow_tensor",
+        "torch._C._is_key_in_tls",
+        "torch._C._is_tracing",
+        "torch._C._len_torch_dispatch_stack",
+        "torch._C._len_torch_function_stack",
+        "torch._C._nn",
+        "torch._C._stash_obj_in_tls",
+        "torch._dynamo.OptimizedModule._orig_mod",
+        "torch._dynamo.disable",
+        "torch._dynamo.trace_rules.get_tensor_method",
+        "torch._dynamo.trace_rules.get_torch_obj_rule_map",
+        "torch._dynamo.variables.torch.get_overridable_functions",
+        "torch._ops.OpOverload._schema",
+        "torch._subclasses.FakeTensor",
+        "torch.autograd.Function._backward_cls",
+        "torch.autograd.forward_ad._current_level",
+        "torch.autograd.graph.Node._sequence_nr",
+        "torch.distributed.distributed_c10d._get_process_group_store",
+        "torch.distributed.tensor.DTensor._op_dispatcher",
+        "torch.distributed.tensor._dtensor_spec.DTensorSpec",
+        "torch.distributed.tensor._op_schema.OpSchema",
+        "torch.distributed.tensor._op_schema.OpStrategy",
+        "torch.distributed.tensor._op_schema.RuntimeSchemaInfo",
+        "torch.jit._builtins._find_builtin",
+        "torch.jit._builtins._register_builtin",
+        "torch.nn.Module._backward_hooks",
+        "torch.nn.Module._backward_pre_hooks",
+        "torch.nn.Module._compiled_call_impl",
+        "torch.nn.Module._forward_hooks",
+        "torch.nn.Module._forward_pre_hooks",
+        "torch.nn._reduction.legacy_get_string",
+        "torch.overrides._get_current_function_mode_stack",
+        "torch.overrides._get_overridable_functions",
+        "torch.overrides._get_tensor_methods",
+        "torch.utils._pytree.tree_leaves",
+    ],
+    "2.7": ["torch.compiler._is_exporting_flag"],
+    "2.8": ["torch._C._autograd._top_saved_tensors_default_hooks", "torch.distributed.tensor._op_schema.OpSpec"],
+    "2.9": ["torch.distributed._composable.replicate_with_fsdp.ReplicateModule"],
+}

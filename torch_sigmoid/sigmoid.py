@@ -19,7 +19,7 @@ from .dispatch import (
     listener,
     reaches_kernels,
 )
-from .internals import modes_listen
+from .internals import is_view, modes_listen
 
 
 def _torch_gradient_suffices(input: Tensor) -> bool:
@@ -116,7 +116,7 @@ def sigmoid_(input: Tensor) -> Tensor:
     only_reverse_mode = needs_grad and listener() == REVERSE_MODE and has_plain_storage(input) and not modes_listen()
     if not (only_reverse_mode and is_ours(input)) or _torch_gradient_suffices(input):
         return torch.sigmoid_(input)
-    if input._is_view():
+    if is_view(input):
         return input.copy_(sigmoid(input))
     return SigmoidInplaceFunction.apply(input)
 

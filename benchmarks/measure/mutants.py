@@ -88,7 +88,7 @@ CONCERNED = {
     "torch_sigmoid/layers.py": ("device hub",),
     "torch_sigmoid/library.py": ("device library dtensor",),
     "torch_sigmoid/losses.py": ("device operators losses", "ptx operators losses"),
-    "torch_sigmoid/internals.py": ("device tracing autograd tensors watch",),
+    "torch_sigmoid/internals.py": ("device internals tracing autograd tensors watch replace",),
     "torch_sigmoid/nn.py": ("device operators modules errors gates losses siglip", "ptx operators"),
     "torch_sigmoid/dispatch.py": (
         "device backward launch tensors tracing",

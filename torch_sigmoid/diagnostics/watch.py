@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_leaves
 
-from ..internals import in_backward, next_node_number
+from ..internals import in_backward, next_node_number, tree_leaves
 from . import gradients, layers, report, statistics, totals
 from .layers import Layer
 

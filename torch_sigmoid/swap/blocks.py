@@ -1,12 +1,12 @@
 """What becomes of a module: which class of ours takes the place of its own, or why none does."""
 
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 
+from ..internals import has_hooks, wrapping_types
 from ..operators import OPERATORS
 from .forms import BY_HAND, Form, activations, forms
 from .functions import Function, innermost, runs_its_source
@@ -62,19 +62,9 @@ def record_of(module: torch.nn.Module) -> Original | None:
 # register_parametrization, whose ParametrizedExperts(Experts) has the parametrized tensors as properties.
 
 
-def _wrapping_types() -> tuple[type, ...]:
-    found = []
-    for module, name in (
-        ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule"),
-        ("torch.distributed._composable.replicate_with_fsdp", "ReplicateModule"),
-    ):
-        found.append(getattr(sys.modules.get(module), name, None))
-    return tuple(filter(None, found))
-
-
 def bare(module_type: Type) -> Type:
     """The class below those that torch has put on top of it."""
-    wrapping = _wrapping_types()
+    wrapping = wrapping_types()
     while _is_parametrized(module_type) or (len(module_type.__bases__) == 2 and module_type.__bases__[0] in wrapping):
         module_type = module_type.__bases__[-1]
     return module_type
@@ -144,11 +134,6 @@ def methods_of_ours(module: torch.nn.Module) -> tuple[str, ...]:
     """The methods that a replaced module has from us."""
     module_type = bare(type(module))
     return module_type.fused_methods if issubclass(module_type, Fused) else ("forward",)
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, hooks))
 
 
 # Blocks
