@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # The one module, and the files below kernels/ that import nothing from it.
 ALLOWED = {"torch_sigmoid/internals.py", "kernels/kept.py", "kernels/launch.py"}
 # Private by their look: of named tuples, transformers and importlib, and of blocks that swap/ has fused.
-OF_OTHERS = {"_fields", "_replace", "_from_config", "_initializing", "_fused_siglip_loss"}
+OF_OTHERS = {"_asdict", "_fields", "_replace", "_from_config", "_initializing", "_fused_siglip_loss"}
 NAMES = {name: since for since, names in internals.SINCE.items() for name in names}
 SOURCES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
