@@ -139,7 +139,7 @@ OLD_TRITON = "import sys, runpy, types; sys.modules['triton'] = types.SimpleName
     ("code", "head", "trouble", "remedy"),
     [
         (WITHOUT_TRITON, "not installed", "Triton is not installed", "pip install 'triton>=3.6'"),
-        (OLD_TRITON, "3.5.1", "version 3.5.1 is older than 3.6", "install torch 2.11 or newer"),
+        (OLD_TRITON, "3.5.1", "version 3.5.1 is older than 3.6", "install torch 2.10 or newer"),
     ],
     ids=["none", "too old"],
 )

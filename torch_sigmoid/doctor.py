@@ -287,7 +287,7 @@ def troubles(facts: Facts) -> Iterator[Trouble]:
     elif facts.triton is not None and facts.kernels_unavailable:
         yield Trouble(
             f"{facts.kernels_unavailable}, so that torch's operators take the place of the kernels on every device",
-            "on a machine with a GPU, install torch 2.11 or newer with the Triton that it brings; on others, nothing",
+            "on a machine with a GPU, install torch 2.10 or newer with the Triton that it brings; on others, nothing",
         )
     if facts.triton_untested:
         yield Trouble(facts.triton_untested, "nothing, if everything agrees; for the fastest launches, install a tested Triton")
