@@ -101,24 +101,36 @@ def wrong(function):
 
 
 @pytest.mark.parametrize(
-    ("function", "shown"),
-    [(lambda x: torch.sigmoid(x * 1.1), False), (lambda x: torch.where(x > 5, torch.nan, torch.sigmoid(x)), True)],
+    ("function", "shown", "disagreeing"),
+    # In bf16 1.001·x is x.
+    [(lambda x: torch.sigmoid(x * 1.001), False, 3), (lambda x: torch.where(x > 5, torch.nan, torch.sigmoid(x)), True, 4)],
     ids=["wrong", "NaN"],
 )
-def test_a_disagreement_is_told_and_is_the_exit_status(function, shown, monkeypatch, capsys):
+def test_a_disagreement_is_told_and_is_the_exit_status(function, shown, disagreeing, monkeypatch, capsys):
     monkeypatch.setitem(*wrong(function))
     assert command.main([]) == 1
     text = capsys.readouterr().out
-    assert text.count("DISAGREES with float64") == 4
+    assert text.count("DISAGREES with float64") == disagreeing
     assert ("inf sigmoid" in text) == shown
     assert "NOT everything agrees" in text
-    assert "trouble: torch.bfloat16 on cpu disagrees with float64" in text
+    assert "trouble: torch.float32 on cpu disagrees with float64" in text
     assert command.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["agrees"] is False
     checks = found["devices"][0]["checks"]
-    assert [check["agrees"] for check in checks] == [False] * 4
+    assert [check["agrees"] for check in checks] == [False] * disagreeing + [True] * (4 - disagreeing)
     assert [check["errors"]["sigmoid"] is None for check in checks] == [shown] * 4
+
+
+def test_a_device_that_cannot_be_used_is_told_with_its_error(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "devices", lambda: [torch.device("cpu"), torch.device("cuda", 64)])
+    before = torch_sigmoid.torch_below()
+    assert command.main(["--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    of_cpu, of_gpu = found["devices"]
+    assert all(check["agrees"] for check in of_cpu["checks"])
+    assert of_gpu["reason"] == of_gpu["checks"][0]["failure"] != ""
+    assert torch_sigmoid.torch_below() == before
 
 
 def test_a_check_that_fails_is_told_with_its_error(monkeypatch, capsys):

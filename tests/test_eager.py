@@ -220,3 +220,16 @@ def test_results_do_not_share_the_memory_that_is_kept():
     before = [each.clone() for each in first]
     value_and_gradients(ts.sigmoid_gate, [2 * a, 3 * g], (), torch.ones_like(a))
     assert all(map(torch.equal, first, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_is_clamped_neither_in_value_nor_in_gradient(dtype):
+    """As in the kernels and formulas, however many elements there are."""
+    gate, up = (torch.linspace(-6, 6, 4096).to(dtype) for _ in range(2))
+    gate[::64], up[32::64] = NAN, NAN
+    leaves = [each.requires_grad_() for each in (gate, up)]
+    to_gate, to_up = torch.autograd.grad(ts.swiglu(*leaves, limit=7.0).sum(), leaves)
+    assert to_gate[::32].isnan().all()
+    assert to_up[::64].isnan().all()
+    one = [each.detach()[32:33].requires_grad_() for each in leaves]
+    assert to_up[32] == torch.autograd.grad(ts.swiglu(*one, limit=7.0).sum(), one)[1] != 0

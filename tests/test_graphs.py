@@ -28,7 +28,6 @@ LAYERS = {
     "SigmoidGate": (ts.SigmoidGate(), Call(CASES["sigmoid_gate"].formula), 2),
     "SwiGLU": (ts.SwiGLU(), Call(CASES["swiglu"].formula), 2),
     "SwiGLUPacked": (ts.SwiGLUPacked(), Call(CASES["swiglu_packed"].formula), 1),
-    "BCEWithLogitsLoss": (ts.BCEWithLogitsLoss(), torch.nn.BCEWithLogitsLoss(), 2),
 }
 
 

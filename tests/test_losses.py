@@ -629,6 +629,14 @@ def test_export_and_make_fx(device):
     torch.testing.assert_close(graph(-x, t), list(value_and_gradient(plain_focal, -x, t)))
 
 
+def test_an_exported_loss_is_that_of_eager_calls_far_out_and_with_small_weights(device):
+    infinity = float("inf")
+    x = torch.tensor([-infinity, -120.0, -95.0, 20.0, 120.0, infinity, 1.0], dtype=torch.bfloat16, device=device)
+    loss = ts.BCEWithLogitsLoss(reduction="none", pos_weight=torch.full_like(x, 0.001))
+    for target in ((x > 0).to(x.dtype), torch.ones_like(x)):
+        assert torch.equal(torch.export.export(loss, (x, target)).module()(x, target), loss(x, target))
+
+
 @every_loss
 def test_batched_upstream_gradients_can_be_differentiated(loss, device):
     x, t = examples(torch.float64, device)

@@ -150,13 +150,20 @@ def examine(read_forms: bool = False) -> Facts:
         python_headers=Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
         ptxas=ptxas(),
         caches=caches(),
-        slow_settings={name: os.environ[name] for name in SLOW if os.environ.get(name, "").lower() not in OFF},
+        slow_settings={name: os.environ[name] for name in SLOW if is_on(name)},
         libraries=libraries(read_forms),
         devices=[examined(device) for device in found],
     )
 
 
 OFF = ("", "0", "false", "off", "no", "n", "f")
+# Which torch takes for on if they are 1 alone.
+ONLY_ONE = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+
+
+def is_on(name: str) -> bool:
+    value = os.environ.get(name, "")
+    return value == "1" if name in ONLY_ONE else value.lower() not in OFF
 
 
 def triton_version() -> str | None:
@@ -241,14 +248,21 @@ def devices() -> list[torch.device]:
 
 
 def examined(device: torch.device) -> Device:
+    dtypes = [dtype for dtype in agreement.ALLOWED_ULP if not (dtype is torch.float64 and device.type == "mps")]
     # The kernels are checked, also at sizes that otherwise go to torch's operator.
     before = dispatch.torch_below(0)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    chosen = torch_sigmoid.path(torch.empty(1, device=device))
-    dtypes = [dtype for dtype in agreement.ALLOWED_ULP if not (dtype is torch.float64 and device.type == "mps")]
-    checks = [checked(device, dtype) for dtype in dtypes]
-    dispatch.torch_below(before)
-    return Device(str(device), name, chosen.name, chosen.reason, checks)
+    try:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        chosen = torch_sigmoid.path(torch.empty(1, device=device))
+        return Device(str(device), name, chosen.name, chosen.reason, [checked(device, dtype) for dtype in dtypes])
+    except Exception as error:  # of a device that is busy, or whose driver has failed
+        return Device(str(device), "not usable", "none", told(error), [Check(str(dtypes[0]), False, {}, told(error))])
+    finally:
+        dispatch.torch_below(before)
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def checked(device: torch.device, dtype: torch.dtype) -> Check:
@@ -257,7 +271,7 @@ def checked(device: torch.device, dtype: torch.dtype) -> Check:
     try:
         found = agreement.check(device, dtype)
     except Exception as error:  # whatever keeps a kernel from being compiled or launched
-        return Check(str(dtype), False, {}, f"{type(error).__name__}: {error}")
+        return Check(str(dtype), False, {}, told(error))
     errors = {name: error if math.isfinite(error) else None for name, error in found.items()}
     return Check(str(dtype), all(error <= allowed for error in found.values()), errors, None)
 
@@ -292,13 +306,14 @@ def troubles(facts: Facts) -> Iterator[Trouble]:
     if facts.triton_untested:
         yield Trouble(facts.triton_untested, "nothing, if everything agrees; for the fastest launches, install a tested Triton")
     launchers = "Triton cannot build the code that launches kernels"
-    if facts.c_compiler is None and facts.system != "Windows":
+    launches = facts.triton is not None and facts.system != "Windows"
+    if launches and facts.c_compiler is None:
         chosen = os.environ.get("CC")
         missing = f"CC={chosen} is not there" if chosen else "There is no C compiler"
         yield Trouble(
             f"{missing}: {launchers}", "unset CC, or set it to a compiler" if chosen else "install gcc, or set CC to a compiler"
         )
-    elif not facts.python_headers and facts.system != "Windows":
+    elif launches and not facts.python_headers:
         yield Trouble(
             f"Python's headers are missing (Python.h): {launchers}", "install python3-dev, or a Python that brings them"
         )

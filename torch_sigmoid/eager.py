@@ -28,8 +28,8 @@ _sigmoid_backward: Callable[..., Tensor] = _aten.sigmoid_backward.default
 _sigmoid_backward_into: Callable[..., Tensor] = _aten.sigmoid_backward.grad_input
 _silu_into: Callable[..., Tensor] = _aten.silu.out
 _silu_backward_into: Callable[..., Tensor] = _aten.silu_backward.grad_input
-# grad where low < x < high, else 0.
-_hardtanh_backward_into: Callable[..., Tensor] = _aten.hardtanh_backward.grad_input
+# 0 where x ≤ threshold, else grad, as where x is NaN.
+_threshold_backward_into: Callable[..., Tensor] = _aten.threshold_backward.grad_input
 # v·z/(1 + z) with z = e^(beta·x), and v where beta·x exceeds the threshold: v·σ(beta·x) in one pass.
 _softplus_backward: Callable[..., Tensor] = _aten.softplus_backward.default
 # v·σ(-x), given e^-|x|.
@@ -317,11 +317,10 @@ Constants = tuple[str, float, float | None, float]
 
 
 @cache
-def _beyond(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The next numbers below `low` and above `high`."""
-    bounds = torch.tensor([low, high], dtype=dtype, device="cpu")
-    below, above = bounds.nextafter(bounds.new_tensor([-math.inf, math.inf])).tolist()
-    return below, above
+def _beyond(limit: float, dtype: torch.dtype) -> float:
+    """The next number above `limit`."""
+    bound = torch.tensor(limit, dtype=dtype, device="cpu")
+    return bound.nextafter(bound.new_tensor(math.inf)).item()
 
 
 class Gate(NamedTuple):
@@ -344,11 +343,11 @@ class Gate(NamedTuple):
         """G."""
         return g if self.limit is None else torch.clamp(g, max=self.limit, out=out)
 
-    def past_clamp(self, grad: Tensor, x: Tensor, low: float) -> Tensor:
-        """The gradient where low ≤ x ≤ limit, else 0; in place."""
+    def past_clamp(self, grad: Tensor, negative: Tensor) -> Tensor:
+        """The gradient where -x, or -|x|, is not below -limit, else 0; in place."""
         if self.limit is None:
             return grad
-        return _hardtanh_backward_into(grad, x, *_beyond(low, self.limit, x.dtype), grad_input=grad)
+        return _threshold_backward_into(grad, negative, -_beyond(self.limit, grad.dtype), grad_input=grad)
 
     def exact_value(self, g: Tensor, a: Tensor) -> Tensor:
         g, a = upcast(g), upcast(a)
@@ -356,12 +355,12 @@ class Gate(NamedTuple):
 
     def exact_to_operand(self, g: Tensor, grad: Tensor, a: Tensor) -> Tensor:
         g, grad, a = upcast(g), upcast(grad), upcast(a)
-        return self.past_clamp(formulas.weighted(grad, self.gate(g), self.function, 0, self.alpha), a, -(self.limit or 0.0))
+        return self.past_clamp(formulas.weighted(grad, self.gate(g), self.function, 0, self.alpha), _minus_abs(a))
 
     def exact_to_gate(self, g: Tensor, grad: Tensor, a: Tensor) -> Tensor:
         g, grad, a = upcast(g), upcast(grad), upcast(a)
         to_gate = formulas.weighted(grad * self.operand(a), self.gate(g), self.function, 1, self.alpha)
-        return self.past_clamp(to_gate, g, -math.inf)
+        return self.past_clamp(to_gate, -g)
 
     def value(self, temporaries: Sequence[Tensor], results: Sequence[Tensor], a: Tensor, g: Tensor) -> None:
         """A·h(G) of fp32 or fp64 where no gate is far; what 16 bit rounds away is not computed."""
@@ -394,8 +393,9 @@ class Gate(NamedTuple):
             sigma, slope = _silu_parts(temporaries, gate, self.alpha, self.exactly)
             to_gate.mul_(slope)
             torch.mul(sigma.mul_(gate), grad, out=to_operand)
-        self.past_clamp(to_operand, a, -(self.limit or 0.0))
-        self.past_clamp(to_gate, g, -math.inf)
+        if self.limit is not None:
+            self.past_clamp(to_operand, _minus_abs(a, e))
+            self.past_clamp(to_gate, torch.neg(g, out=e))
 
 
 @cache

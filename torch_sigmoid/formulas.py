@@ -151,7 +151,7 @@ def weighted(
 ) -> Tensor:
     """v·f(x), v·f'(x) or v·f"(x), by `order`, for f among "sigmoid", "silu" and "logsigmoid".
 
-    With `alpha`, f is silu(alpha·x)/alpha. What rounding alpha·x loses is nothing that 16 bit would see.
+    With `alpha`, f is silu(alpha·x)/alpha. In 16 bit the rounding error of alpha·x does not show, and is not corrected.
     """
     if function == "logsigmoid" and order:
         return weighted(v, -x, "sigmoid", 0) if order == 1 else -weighted(v, x, "sigmoid", 1)

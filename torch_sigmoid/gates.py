@@ -428,7 +428,7 @@ def swiglu(gate: Tensor, up: Tensor, *, alpha: float = 1.0, limit: float | None 
     r"""silu(gate)·up, the gate of Llama's feed-forward layers, in one kernel; see `swiglu_packed` for halves of one tensor.
 
     In full: gate·σ(alpha·gate)·(up + up_offset). With `limit`, gate is first clamped to at most limit and up to ±limit, and
-    elements beyond it get no gradient; those at it do, as torch's clamp gives them until 2.13. GPT-OSS needs alpha=1.702,
+    elements beyond it get no gradient; those at it do, as torch's clamp gives them up to 2.13. GPT-OSS needs alpha=1.702,
     limit=7.0, up_offset=1.0. Gradients: grad·silu(gate) for up, and grad·up·silu'(gate) for gate, which is exact in the tails
     as that of `silu` is.
 

@@ -30,7 +30,7 @@ from .checks import (
     overridable,
     weight_for,
 )
-from .dispatch import TRACER, TRANSFORM, Tensors, exports, is_distributed, is_ours, launchable, listener
+from .dispatch import TRACER, TRANSFORM, Tensors, is_distributed, is_ours, launchable, listener
 from .formulas import in_dtype, upcast, upcast_dtype, weighted_loss
 from .internals import constant, legacy_reduction
 
@@ -162,16 +162,9 @@ class Loss(Operator):
     ) -> tuple[Tensor, Tensor | None]:
         return self._value(x, target, weight, pos_weight, targets_vary=False), self.count(target)
 
-    def plain(self, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
-        options = self.gamma, self.alpha, self.label_smoothing, self.ignore_index
-        if not exports() or options != (0.0, None, 0.0, None):
-            return self.value_formula(x, target, weight, pos_weight)[0]
-        # Torch's operator loses a loss below an ulp of its logit, which no exported model is for. Compiled, it is no faster.
-        wide = upcast(x)
-        loss = F.binary_cross_entropy_with_logits(
-            wide, in_dtype(target, wide.dtype), weight, reduction=self.reduction, pos_weight=pos_weight
-        )
-        return in_dtype(loss, self.dtype)
+    def plain(self, *tensors: Tensor) -> Tensor:
+        # Torch's own loses a loss below an ulp of its logit, is NaN at an infinite one, and in ONNX a logarithm of 0.
+        return self.value_formula(*tensors)[0]
 
     def backward_formula(
         self,
@@ -289,8 +282,7 @@ def binary_cross_entropy_with_logits(
 
     Saved for backward: the tensors as they were given (logits as fp64 if the target is), and how many targets were not ignored.
     Under transforms and forward mode, and where target or weights require a gradient (each of them may), autograd keeps what
-    the formula in torch operators needs. Exported (torch.export, ONNX), torch's operator runs alone, unless labels are smoothed
-    or ignored.
+    the formula in torch operators needs.
 
     Raises:
         TypeError: an argument is no tensor, or not of a dtype described above.

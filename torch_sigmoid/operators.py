@@ -198,7 +198,7 @@ def one_gate_a_row(make: Make, rows: int, columns: int) -> tuple[Tensor, ...]:
 
 
 def two_beyond_the_limit(make: Make, rows: int, columns: int) -> tuple[Tensor, ...]:
-    """Operands so large that one in fifty is clamped; none at the limit, where torch's clamp has a gradient until 2.13."""
+    """Operands so large that one in fifty is clamped; none at the limit, where torch's clamp has a gradient up to 2.13."""
     gate, up = 3 * make(rows, columns), 3 * make(rows, columns)
     return gate.masked_fill(gate == LIMIT, 0.0), up.masked_fill(up.abs() == LIMIT, 0.0)
 

@@ -136,8 +136,11 @@ class Training:
         self.optimizer.zero_grad()
 
 
+TRAINING = "a training under a GradientWatch"
+
+
 def calls() -> dict[str, Call]:
-    return operator_calls() | {"a training under a GradientWatch": Training().step}
+    return operator_calls() | {TRAINING: Training().step}
 
 
 def census() -> dict[str, float]:
@@ -210,7 +213,7 @@ def measure_on_stub(n_calls: int, chosen: list[str] | None) -> list[dict]:
 def main(argv=None) -> int:
     parser = record.parser("soak", __doc__, device=False)
     parser.add_argument("--calls", type=int, default=CALLS, help="of each (default: %(default)s)")
-    parser.add_argument("--what", nargs="+", choices=[*calls()], metavar="NAME", help="call only these")
+    parser.add_argument("--what", nargs="+", choices=[*operator_calls(), TRAINING], metavar="NAME", help="call only these")
     parser.add_argument("--stub", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.calls <= SETTLED:

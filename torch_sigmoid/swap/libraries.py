@@ -39,7 +39,9 @@ class Found(NamedTuple):
 def installed() -> list[Library]:
     """The installed libraries, in the order of the forms' files."""
     versions = {form.library: form.versions for form in forms() if form.library != BY_HAND}
-    return [Library(name, _version(name), seen) for name, seen in versions.items() if importlib.util.find_spec(name)]
+    found = {name: importlib.util.find_spec(name) for name in versions}
+    # A folder of that name, without code of its own, has no origin.
+    return [Library(name, _version(name), versions[name]) for name, spec in found.items() if spec and spec.origin]
 
 
 def _version(library: str) -> str | None:
