@@ -36,7 +36,7 @@ def test_the_page_names_the_range_of_the_environments():
 
     pythons, torches, tritons = (sorted(map(minor, versions)) for versions in zip(*environments().values()))
     ranges = ["{}.{} to {}.{}".format(*each[0], *each[-1]) for each in (torches, tritons, pythons)]
-    assert "Tested with torch {}, Triton {} and Python {} (".format(*ranges) in (record.ROOT / "README.md").read_text()
+    assert "For torch {}, Triton {} and Python {} (".format(*ranges) in (record.ROOT / "README.md").read_text()
 
 
 def test_every_result_is_that_of_an_environment():
