@@ -26,7 +26,9 @@ def versions(session, torch, triton):
     # All else as in constraints.txt, but for setuptools, whose version some releases of torch limit.
     lines = Path("constraints.txt").read_text().splitlines()
     others = Path(session.virtualenv.location, "constraints.txt")
-    others.write_text("\n".join(line for line in lines if not line.startswith(("torch=", "triton=", "setuptools="))))
-    pinned = f"torch=={torch}", f"triton=={triton}; platform_system == 'Linux'"
+    others.write_text("\n".join(line for line in lines if not line.startswith(("torch=", "triton=", "setuptools=", "numpy="))))
+    # The interpreter of Triton 3.6 asks numpy for what 2.4 refuses.
+    numpy = "numpy<2.4" if triton.startswith("3.6") else next(line for line in lines if line.startswith("numpy="))
+    pinned = f"torch=={torch}", f"triton=={triton}; platform_system == 'Linux'", numpy
     session.install("--constraint", str(others), *pinned, "--editable", ".[train,test,bench]")
     session.run("python", "-m", "benchmarks", "versions", *session.posargs)

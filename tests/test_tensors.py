@@ -116,7 +116,7 @@ def test_dtensor_forward_and_backward(placement, mesh, device, save):
     torch.sigmoid(theirs).sum().backward()
     assert isinstance(x.grad, DTensor)
     assert y.placements == (placement,)
-    assert x.grad.placements == theirs.grad.placements
+    assert x.grad.placements in ((placement,), theirs.grad.placements)  # torch 2.11 gathers a 16-bit gradient
     torch.testing.assert_close(y.to_local(), torch.sigmoid(local))
     if save == "input":
         assert ulp_error(x.grad.full_tensor(), derivative(local.cpu())).max() <= 1

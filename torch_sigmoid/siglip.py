@@ -36,7 +36,7 @@ from .checks import (
     overridable,
     promoted,
 )
-from .dispatch import NOBODY, PLAIN_TYPES, TRANSFORM, Gradients, Tensors, is_ours, launchable, listener
+from .dispatch import NOBODY, PLAIN_TYPES, TRANSFORM, Gradients, Tensors, exports, is_ours, launchable, listener
 from .eager import weighted
 from .formulas import upcast
 from .internals import apply_of, make_fx_traces, transforms_active, uncompiled
@@ -331,7 +331,7 @@ def apply(
     operands = image, text, scale, bias, image_ids, text_ids
     needs = [torch.is_grad_enabled() and each.requires_grad for each in operands[:4]]
     if ring.size == 1:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transforms_active():
+        if torch.compiler.is_compiling() and not exports() and not transforms_active():
             from .siglip_library import siglip
 
             total: Tensor = siglip(*operands, chunk_size, needs)[0]
