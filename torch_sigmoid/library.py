@@ -16,11 +16,12 @@ that backward need not do it again.
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.autograd import Function
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from . import siglip_library as siglip_library
 from .autograd import (
@@ -337,11 +338,32 @@ def in_place(operator: Operator, operands: Sequence[Tensor | None]) -> Sequence[
         return operands
     entry = _ENTRIES[family_of(operator).name, 0]
     inputs, _ = entry.places((*operands, *astuple(operator)))  # type: ignore[call-overload]  # all of them are dataclasses
-    moved = iter(
-        each if each.placements == placements else each.redistribute(placements=placements)
-        for each, placements in zip(distributed, inputs)
-    )
-    return [each if each is None else next(moved) for each in operands]
+    placed = iter(map(moved, distributed, inputs))
+    return [each if each is None else next(placed) for each in operands]
+
+
+def moved(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """`tensor.redistribute(placements=placements)`, differentiable to any order."""
+    return tensor if tensor.placements == tuple(placements) else _MovedFunction.apply(tensor, placements)
+
+
+class _MovedFunction(Function):
+    """torch's own backward of `redistribute` has no derivative in torch 2.11: second derivatives would lack a term."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, tensor: DTensor, placements: Sequence[Placement]) -> DTensor: ...
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
+        # What reaches a sum reaches each of its terms.
+        ctx.placements = [Replicate() if each.is_partial() else each for each in tensor.placements]
+        return tensor.redistribute(placements=placements)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: DTensor) -> tuple[DTensor, None]:
+        return moved(grad_output, ctx.placements), None
 
 
 def seen(operator: Operator, operands: Sequence[Tensor | None]) -> tuple[Seen, Sequence[Tensor | None]]:
