@@ -31,8 +31,8 @@ INTERPRETED = kernels.INTERPRETED
 
 
 def clamped_swiglu(gate, up):
-    """GPT-OSS's, with a limit that random numbers reach."""
-    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    """GPT-OSS's, with a limit that random numbers reach; at the limit gradients pass, as through torch's clamp before 2.14."""
+    gate, up = torch.where(gate > 2.0, 2.0, gate), torch.where(up.abs() > 2.0, 2.0 * up.sign(), up)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
@@ -258,7 +258,7 @@ def test_infinities_and_nan(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_exactly_at_the_limit_gradients_pass_as_through_torchs_clamp(dtype, device):
+def test_exactly_at_the_limit_gradients_pass(dtype, device):
     limit = 2.0
     numbers = torch.tensor([-limit, limit, 1.0], dtype=dtype, device=device)
     below, above = (torch.nextafter(numbers, numbers * factor) for factor in (0.5, 2.0))
