@@ -114,6 +114,7 @@ def test_an_engine_needs_torchrun_and_restarts_need_a_store_of_their_own(as_rank
     assert "expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.10's own checkpoints use it
 def test_a_checkpoint_beyond_the_steps_is_an_error_and_a_partial_one_is_none(as_rank, tmp_path):
     as_rank(1)
     options = ["--engine", "ddp", "--device", "cpu", "--dtype", "float32", "--task", "bce", "--out", str(tmp_path)]

@@ -51,11 +51,14 @@ def test_no_placement_costs_more_collectives_than_torch_or_a_wrong_number(mesh, 
     rows = processes(torch.Size(mesh).numel()).run(shards.measure, mesh, names, within=240)[0]
     assert shards.failures(rows) == []
     for row in rows[1::2]:
-        is_packed, is_loss = row["operator"] in PACKED and "S(1)" in row["placement"], "entropy" in row["operator"]
+        is_packed = row["operator"] in PACKED and "S(1)" in row["placement"]
+        is_loss = row["operator"].startswith(("binary", "sigmoid_focal_loss"))
         if "P" in row["placement"] or is_packed:
             continue
-        assert row["forward collectives"] == row["backward collectives"] == 0, row
-        if not (is_loss or "focal" in row["operator"]):
+        # A mean divides its partial sum; torch 2.10 first adds up these numbers.
+        added = int(is_loss and "S" in row["placement"] and torch.__version__ < (2, 11))
+        assert (row["forward collectives"], row["backward collectives"]) == (added, 0), row
+        if not is_loss:
             assert row["forward operators"] <= 2, row
             assert row["backward operators"] <= 2, row
 

@@ -106,9 +106,12 @@ def run_compiled(function: Callable[..., Tensor], leaves, dynamic: bool = False)
         run._boxed_call = True  # arguments come as one list, else torch warns
         return run
 
+    def call(*operands):
+        return function(*operands)  # torch 2.10 does not compile a function of torch.nn.functional itself
+
     torch._dynamo.reset()
     compiled = torch.compile(
-        function, fullgraph=True, dynamic=dynamic, backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=keep)
+        call, fullgraph=True, dynamic=dynamic, backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=keep)
     )
     # dynamic=True makes symbols of numbers, too; here shapes alone are dynamic.
     with torch._dynamo.config.patch(specialize_float=True):
