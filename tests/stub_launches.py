@@ -404,7 +404,7 @@ def loss_calls():
         return run
 
     bfloat16, weight = torch.bfloat16, torch.empty(64)
-    for shape, reduction in itertools.product(((16, 64), (300, 64)), ("none", "mean")):
+    for shape, reduction in (((16, 64), "none"), ((300, 64), "mean")):
         x = torch.empty(shape, dtype=bfloat16)
         targets = [torch.empty(shape, dtype=dtype) for dtype in (bfloat16, torch.float32, torch.int64, torch.bool)]
         targets += [torch.empty(shape[::-1], dtype=bfloat16).t(), torch.empty(shape[0], 80, dtype=bfloat16)[:, :64]]
@@ -431,7 +431,7 @@ def gate_calls():
 
         return run
 
-    shapes = {(64, 48): [(64, 1), (1, 48), (1, 1)], (4, 64, 33): [(4, 64, 1), (4, 1, 33), (1, 64, 1), (1, 1, 33)]}
+    shapes = {(64, 48): [(64, 1), (1, 1)], (4, 64, 33): [(4, 1, 33), (1, 64, 1)]}
     shapes |= {(2, 5000): [(2, 1)], (3000, 64): [(1, 64)]}
     dtype = torch.bfloat16
     for shape, gate_shapes in shapes.items():

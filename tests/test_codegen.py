@@ -35,9 +35,11 @@ TARGETS = targets()
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
 OPERATORS = operators()
+# float16 differs from bfloat16 in conversions alone, which the tests of the sigmoid kernels and of interleaved pairs see.
 every_dtype_and_target = pytest.mark.parametrize(
     ("dtype", "target"),
-    [(dtype, "sm_90") for dtype in POINTERS] + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
+    [(dtype, "sm_90") for dtype in POINTERS if dtype is not torch.float16]
+    + [(torch.bfloat16, arch) for arch in ("sm_80", "sm_100", *AMD_ARCHITECTURES)],
 )
 
 
@@ -303,7 +305,7 @@ def gate_launches(dtype):
 @every_dtype_and_target
 def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
     # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
-    slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
+    slots = {torch.float32: 31, torch.bfloat16: 15.5}.get(dtype, float("inf"))
     for name, launcher, inputs, outputs, moved, is_broadcast in gate_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
         if target in AMD_ARCHITECTURES:
@@ -413,7 +415,7 @@ def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # As for the gates. What is done once a program, the sums and the division, is counted as if it were done for each tile: it
     # and the tail are up to 50 instructions an element, and 4 more for each sum but the first. A focal loss may take twice what
     # memory leaves time for.
-    slots = {torch.float32: 31, torch.float16: 15.5, torch.bfloat16: 15.5}.get(dtype, float("inf"))
+    slots = {torch.float32: 31, torch.bfloat16: 15.5}.get(dtype, float("inf"))
     for name, launcher, inputs, outputs, moved, gamma in loss_launches(dtype):
         compiled = compile_launch(launcher, inputs, outputs, TARGETS[target])
         if target in AMD_ARCHITECTURES:

@@ -91,7 +91,7 @@ def compile_operator(operator, dtype, target, shape, strides=None):
 
 
 def disassemble(compiled):
-    """The instructions of an NVIDIA kernel, and a thread's registers and bytes of stack, as Triton's cuobjdump prints them."""
+    """The instructions of an NVIDIA kernel, and a thread's registers and bytes of stack, as the tools in Triton print them."""
     text = dump(compiled)
     instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
@@ -99,20 +99,21 @@ def disassemble(compiled):
 
 
 def dump(compiled) -> str:
-    """The output of cuobjdump, which takes longer than compiling: Triton's cache keeps it beside the kernel."""
+    """What the tools print, kept beside the kernel in Triton's cache: that takes as long as compiling, mostly to start."""
     import triton
     from triton.runtime.cache import get_cache_manager
 
     kept = get_cache_manager(compiled.hash)
-    if path := kept.get_file("cuobjdump.txt"):
+    if path := kept.get_file("sass.txt"):
         return Path(path).read_text()
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    commands = [tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "--print-code", "--no-dataflow"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tool, "--dump-sass", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kept.put(text, "cuobjdump.txt", binary=False)
+        printed = [subprocess.run([*command, file.name], capture_output=True, text=True, check=True) for command in commands]
+    text = "".join(each.stdout for each in printed)
+    kept.put(text, "sass.txt", binary=False)
     return text
 
 
