@@ -17,6 +17,10 @@ except ImportError:  # a bare GPU machine
     mpmath = None
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Executed machine code takes a second a test. Where much else varies it shows what is left out here by another dtype: float16
+# by bfloat16, which differs in conversions, and strides of 4 bytes by strides of 2.
+WITHOUT_FLOAT16_EXECUTED = [pytest.param(dtype, marks=[pytest.mark.ways] * (dtype is torch.float16)) for dtype in FLOATS]
+NARROW_EXECUTED = [pytest.param(torch.float32, marks=pytest.mark.ways), torch.bfloat16]
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 
 # The numerical contract, in units of the last place of the exact value. Each is derived where it is stated.

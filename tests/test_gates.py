@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reference import (
     FLOATS,
     LAYOUTS,
+    NARROW_EXECUTED,
     SIXTEEN_BIT,
     all_patterns,
     assert_near,
@@ -401,7 +402,7 @@ def test_under_torch_compile_no_gradient_is_lost(function, device):
         assert ((actual.cpu().double() - true).abs() <= ulp(true, x.dtype) + 2**-21 * (name == "silu"))[normal].all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", NARROW_EXECUTED, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.launches_nothing("empty tensors among the cases")
 def test_every_layout(layout, dtype, device):
