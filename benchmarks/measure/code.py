@@ -9,10 +9,13 @@ Triton's cache holds the kernels.
 """
 
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +28,8 @@ POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp1
 INTEGERS = {torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 CUDA_ARCHITECTURES = (75, 80, 90, 100, 120)
 AMD_ARCHITECTURES = ("gfx90a", "gfx942")
+EXECUTABLE = 4  # ELF's SHF_EXECINSTR
+INSTRUCTION_BYTES = 16  # of every architecture since Volta
 
 
 def targets() -> dict:
@@ -90,31 +95,47 @@ def compile_operator(operator, dtype, target, shape, strides=None):
     return compile_launch(launcher, tensors[:n_inputs], tensors[n_inputs:], target)
 
 
-def disassemble(compiled):
-    """The instructions of an NVIDIA kernel, and a thread's registers and bytes of stack, as the tools in Triton print them."""
-    text = dump(compiled)
-    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return [name for name in instructions if not name.startswith("NOP")], int(registers), int(stack)
+class Listing(NamedTuple):
+    instructions: list[str]
+    registers: int
+    stack: int
 
 
-def dump(compiled) -> str:
-    """What the tools print, kept beside the kernel in Triton's cache: that takes as long as compiling, mostly to start."""
+def machine_code(cubin: bytes) -> bytes:
+    """The executable sections of an ELF file of 64 bits."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, n = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(n)]
+    return b"".join(cubin[start : start + length] for _, _, flags, _, start, length in sections if flags & EXECUTABLE)
+
+
+def disassemble(*compiled) -> list[Listing]:
+    """Each NVIDIA kernel's instructions, and a thread's registers and bytes of stack, as the tools in Triton print them.
+
+    All are for one target, and disassembled at once: nvdisasm takes as long to start as a kernel takes to compile.
+    """
     import triton
-    from triton.runtime.cache import get_cache_manager
 
-    kept = get_cache_manager(compiled.hash)
-    if path := kept.get_file("sass.txt"):
-        return Path(path).read_text()
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    commands = [tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "--print-code", "--no-dataflow"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        printed = [subprocess.run([*command, file.name], capture_output=True, text=True, check=True) for command in commands]
-    text = "".join(each.stdout for each in printed)
-    kept.put(text, "sass.txt", binary=False)
-    return text
+    codes = [machine_code(each.asm["cubin"]) for each in compiled]
+    (arch,) = {each.metadata.target.arch for each in compiled}
+
+    def printed(tool, *options, of):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(of)
+            file.flush()
+            return subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+    text = printed("nvdisasm", "--binary", f"SM{arch}", of=b"".join(codes))
+    names = iter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text))
+    listings = []
+    for each, code in zip(compiled, codes):
+        instructions = [name for name in islice(names, len(code) // INSTRUCTION_BYTES) if not name.startswith("NOP")]
+        usage = printed("cuobjdump", "--dump-resource-usage", of=each.asm["cubin"])
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        listings.append(Listing(instructions, int(registers), int(stack)))
+    assert next(names, None) is None, "an instruction that is not 16 bytes long"
+    return listings
 
 
 def elements_per_thread() -> int:
@@ -132,7 +153,7 @@ def inspect(operator, dtype, arch, target, n) -> dict:
             "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1)),
             "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1)),
         }
-    instructions, registers, stack = disassemble(compiled)
+    ((instructions, registers, stack),) = disassemble(compiled)
     accesses = [name for name in instructions if name.startswith(("LDG", "STG"))]
     return row | {
         "registers": registers,
