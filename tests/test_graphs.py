@@ -142,6 +142,19 @@ def test_a_compiled_training_step_has_no_more_transcendental_operators_and_bytes
     assert (ours.saved > torchs.saved) == (name in MORE_BYTES)
 
 
+def test_a_graph_that_torch_keeps_on_disk_is_seen_all_the_same():
+    x = torch.randn(32, 64, requires_grad=True)
+
+    def call(*operands):
+        return torch.sigmoid(*operands)
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=True):
+        y = torch.compile(call, fullgraph=True, dynamic=False)(x)
+        y.backward(torch.randn_like(y))
+    assert run_compiled(torch.sigmoid, [x])[0].keys() == {"forward", "backward"}
+
+
 def test_what_is_kept_is_counted_by_storage():
     """With dynamic shapes, where the forward graph keeps sizes too."""
     n, itemsize = 32 * 64, 4

@@ -113,11 +113,12 @@ def run_compiled(function: Callable[..., Tensor], leaves, dynamic: bool = False)
     compiled = torch.compile(
         call, fullgraph=True, dynamic=dynamic, backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=keep)
     )
-    # dynamic=True makes symbols of numbers, too; here shapes alone are dynamic.
-    with torch._dynamo.config.patch(specialize_float=True):
+    # dynamic=True makes symbols of numbers, too; here shapes alone are dynamic. And `keep` would not see a graph that torch
+    # finds in its cache on disk, where Inductor has put it.
+    with torch._dynamo.config.patch(specialize_float=True), torch._functorch.config.patch(enable_autograd_cache=False):
         output = compiled(*leaves)
-    if output.requires_grad:
-        output.backward(torch.randn_like(output))
+        if output.requires_grad:
+            output.backward(torch.randn_like(output))
     return graphs, saved
 
 

@@ -2,8 +2,8 @@
 
 `make versions` runs this in an environment for each supported version; noxfile.py lists them.
 Writes benchmarks/results/versions.csv and .json at once, with one row for each environment and way; a new run replaces its own.
-pytest's output and its JUnit report go to runs/versions/. Takes half an hour for each environment on two cores: 10 minutes as
-the tests are, and the rest with kernels in Triton's interpreter and with the machine code of a GPU, executed.
+pytest's output and its JUnit report go to runs/versions/. Takes about 20 minutes for each environment on two cores: half as the
+tests are, and the rest with kernels in Triton's interpreter and with the machine code of a GPU, executed.
 """
 
 import subprocess
