@@ -65,7 +65,7 @@ INSPECTED = [("forward", target, n) for target in CUDA_TARGETS for n in (EVEN, O
 @pytest.mark.parametrize(("operator", "target", "n"), INSPECTED)
 def test_full_width_accesses_and_no_spills(operator, target, n):
     compiled = [compile_operator(operator, dtype, TARGETS[target], (n,)) for dtype in POINTERS]
-    for dtype, each, (instructions, _, stack) in zip(POINTERS, compiled, disassemble(*compiled)):
+    for dtype, each, (instructions, _, stack, _) in zip(POINTERS, compiled, disassemble(*compiled)):
         check(parse(each.asm["ptx"]))  # which --kernels=ptx can execute
         assert stack == 0, dtype
         assert not any(name.startswith(("LDL", "STL")) for name in instructions), dtype
@@ -87,7 +87,7 @@ INSTRUCTIONS_PER_ELEMENT = {torch.float32: 50, torch.bfloat16: 24, torch.float16
 @pytest.mark.parametrize("operator", ["forward", "backward-from-output", "backward-from-input"])
 def test_instructions_per_element_and_registers(operator, n):
     compiled = (compile_operator(operator, dtype, TARGETS["sm_90"], (n,)) for dtype in INSTRUCTIONS_PER_ELEMENT)
-    for (dtype, allowed), (instructions, registers, _) in zip(INSTRUCTIONS_PER_ELEMENT.items(), disassemble(*compiled)):
+    for (dtype, allowed), (instructions, registers, _, _) in zip(INSTRUCTIONS_PER_ELEMENT.items(), disassemble(*compiled)):
         assert len(instructions) / elements_per_thread() <= allowed, dtype
         assert registers <= 32, "more would leave warps out of a multiprocessor"
 
@@ -114,7 +114,7 @@ ROW_LAYOUTS = {
 def test_rows_are_read_in_full_width(layout):
     shape, strides, width, output_aligned = ROW_LAYOUTS[layout]
     compiled = compile_operator("forward", torch.bfloat16, TARGETS["sm_90"], shape, strides)
-    ((instructions, registers, stack),) = disassemble(compiled)
+    ((instructions, registers, stack, _),) = disassemble(compiled)
     assert stack == 0
     assert registers <= 32
     assert len(instructions) / elements_per_thread() <= 42
@@ -127,7 +127,7 @@ def test_rows_are_read_in_full_width(layout):
 
 def test_an_expanded_gradient_is_loaded_once_a_row():
     compiled = compile_operator("backward-from-output", torch.float32, TARGETS["sm_90"], (ODD,), ((0,), (1,), (1,)))
-    ((instructions, _, _),) = disassemble(compiled)
+    ((instructions, _, _, _),) = disassemble(compiled)
     loads = [name for name in instructions if name.startswith("LDG")]
     # Body: one scalar gradient, two 16-byte loads of σ. Tail: one of each.
     assert sum(".128" in name for name in loads) == 2
@@ -249,7 +249,7 @@ def listings(launches, target):
 
 @every_dtype_and_target
 def test_the_statistics_read_in_full_width_and_hardly_spill(dtype, target):
-    for (name, *_), (instructions, _, stack) in listings(statistics_launches(dtype), target):
+    for (name, *_), (instructions, _, stack, _) in listings(statistics_launches(dtype), target):
         # Where ptxas wants one register less than the reductions take, it puts two of a program's sums aside.
         assert stack <= 16, name
         if name not in ("fold", "streak"):
@@ -314,7 +314,7 @@ def gate_launches(dtype):
 def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dtype, target):
     # Of 62 issue slots an fp32 element that is read and written, and half that in 16 bit, see INSTRUCTIONS_PER_ELEMENT.
     slots = {torch.float32: 31, torch.bfloat16: 15.5}.get(dtype, float("inf"))
-    for (name, *_, moved, is_broadcast), (instructions, _, stack) in listings(gate_launches(dtype), target):
+    for (name, *_, moved, is_broadcast), (instructions, _, stack, _) in listings(gate_launches(dtype), target):
         # Missed with Triton 3.8 and newer in float64, where second derivatives take every register: see results/tried.md.
         spilled = dtype is torch.float64 and "double-backward" in name and TRITON >= (3, 8)
         assert stack <= (128 if spilled else 16), name
@@ -332,8 +332,8 @@ def test_the_gates_move_16_bytes_an_access_within_what_memory_leaves_time_for(dt
 def test_interleaved_pairs_are_split_and_joined_in_registers(order, dtype, target):
     """Accesses have 16 bytes but for one scalar a value in the tail, and no thread hands values to another."""
     launches = interleaved_launches("swiglu", order, dtype)
-    for (name, _, inputs, outputs, *_), (instructions, _, stack) in listings(launches, target):
-        assert stack == 0, name
+    for (name, _, inputs, outputs, *_), (instructions, _, stack, shared) in listings(launches, target):
+        assert shared == stack == 0, name
         assert not any(each.startswith(("SHFL", "LDS", "STS", "LDL", "STL")) for each in instructions), name
         n_pairs = min(tensor.numel() for tensor in (*inputs, *outputs))
         for prefix, tensors in (("LDG", inputs), ("STG", outputs)):
@@ -416,7 +416,7 @@ def test_the_losses_move_16_bytes_an_access_and_do_not_spill(dtype, target):
     # and the tail are up to 50 instructions an element, and 4 more for each sum but the first. A focal loss may take twice what
     # memory leaves time for.
     slots = {torch.float32: 31, torch.bfloat16: 15.5}.get(dtype, float("inf"))
-    for (name, _, _, outputs, moved, gamma), (instructions, _, stack) in listings(loss_launches(dtype), target):
+    for (name, _, _, outputs, moved, gamma), (instructions, _, stack, _) in listings(loss_launches(dtype), target):
         # Two fp64 numbers take a register pair each; the derivatives of a power hold more than there are.
         assert stack <= 16 or (gamma and dtype is torch.float64), name
         accesses = [each for each in instructions if each.startswith(("LDG", "STG")) and ".128" in each]

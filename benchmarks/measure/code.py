@@ -99,6 +99,7 @@ class Listing(NamedTuple):
     instructions: list[str]
     registers: int
     stack: int
+    shared: int
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -110,7 +111,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def disassemble(*compiled) -> list[Listing]:
-    """Each NVIDIA kernel's instructions, and a thread's registers and bytes of stack, as the tools in Triton print them.
+    """Each NVIDIA kernel's listing: registers and bytes of stack are a thread's, bytes of shared memory a program's.
 
     All are for one target, and disassembled at once: nvdisasm takes as long to start as a kernel takes to compile.
     """
@@ -133,7 +134,7 @@ def disassemble(*compiled) -> list[Listing]:
         instructions = [name for name in islice(names, len(code) // INSTRUCTION_BYTES) if not name.startswith("NOP")]
         usage = printed("cuobjdump", "--dump-resource-usage", of=each.asm["cubin"])
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        listings.append(Listing(instructions, int(registers), int(stack)))
+        listings.append(Listing(instructions, int(registers), int(stack), each.metadata.shared))
     assert next(names, None) is None, "an instruction that is not 16 bytes long"
     return listings
 
@@ -153,7 +154,7 @@ def inspect(operator, dtype, arch, target, n) -> dict:
             "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1)),
             "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1)),
         }
-    ((instructions, registers, stack),) = disassemble(compiled)
+    ((instructions, registers, stack, _),) = disassemble(compiled)
     accesses = [name for name in instructions if name.startswith(("LDG", "STG"))]
     return row | {
         "registers": registers,
