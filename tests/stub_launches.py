@@ -357,7 +357,7 @@ def check_after_warmup_nothing_is_compiled():
             )
             torch.autograd.grad(grad, x, torch.empty(shape, dtype=dtype))
         assert not compiled
-        torch_sigmoid.warmup("cpu", [torch.bfloat16], operators=["gates", "losses"])
+        torch_sigmoid.warmup("cpu", [torch.bfloat16], operators=["silu", "logsigmoid", "swiglu", "sigmoid_gate"])
         compiled.clear()
         for shape in ((1,), (64,), (3, 1000, 7)):
             x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
@@ -392,14 +392,16 @@ def check_a_watch_launches_without_looking_up():
 
 
 def loss_calls():
-    """Losses of the same shapes that differ in all that a compilation depends on, forward and backward."""
+    """Losses of the same shapes that differ in all that a compilation depends on, forward and backward, single ones twice."""
 
     def call(x, target, **options):
         def run():
             leaf = x.detach().requires_grad_()
             loss = torch_sigmoid.binary_cross_entropy_with_logits(leaf, target, **options)
-            (grad,) = torch.autograd.grad(loss, leaf, torch.empty(()).expand(loss.shape), create_graph=True)
-            torch.autograd.grad(grad, leaf, grad.detach())
+            twice = loss.dim() > 0
+            (grad,) = torch.autograd.grad(loss, leaf, torch.empty(()).expand(loss.shape), create_graph=twice)
+            if twice:
+                torch.autograd.grad(grad, leaf, grad.detach())
 
         return run
 
@@ -421,13 +423,17 @@ def loss_calls():
 
 
 def gate_calls():
-    """Gates that broadcast against operands of the same shapes, forward and backward; sums are split in the last two."""
+    """Gates that broadcast against operands of the same shapes, forward and backward, dense ones twice.
 
-    def call(x, gate, upstream):
+    Sums are split in the last two shapes.
+    """
+
+    def call(x, gate, upstream, twice=False):
         def run():
             leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
-            grads = torch.autograd.grad(torch_sigmoid.sigmoid_gate(*leaves), leaves, upstream, create_graph=True)
-            torch.autograd.grad(grads, leaves, tuple(grad.detach() for grad in grads))
+            grads = torch.autograd.grad(torch_sigmoid.sigmoid_gate(*leaves), leaves, upstream, create_graph=twice)
+            if twice:
+                torch.autograd.grad(grads, leaves, tuple(grad.detach() for grad in grads))
 
         return run
 
@@ -440,7 +446,7 @@ def gate_calls():
         for gate_shape in gate_shapes:
             gate = torch.empty(gate_shape, dtype=dtype)
             for x in (dense, dense.mT.contiguous().mT, wider[..., : shape[-1]]):
-                yield call(x, gate, dense)
+                yield call(x, gate, dense, twice=x is dense)
             yield call(dense, gate, torch.empty((), dtype=dtype).expand(shape))
             yield call(dense, torch.empty(gate.numel() + 1, dtype=dtype)[1:].view(gate_shape), dense)
 

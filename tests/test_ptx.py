@@ -340,6 +340,20 @@ def test_a_launch_is_counted(stride, ptx):
     assert 0 < report.instructions / n_warps <= length
 
 
+def test_a_kernel_that_was_unloaded_is_not_launched(ptx):
+    x, texts = torch.randn(1103), ptx.texts
+    autograd.sigmoid_value(x)
+    ptx.texts = list(texts)
+    for module in range(len(texts)):
+        ptx.utils.unload_module(module)
+    try:
+        with pytest.raises(PtxError, match="sigmoid_forward_kernel is launched after it was unloaded"):
+            autograd.sigmoid_value(x)
+    finally:
+        ptx.texts = texts
+    autograd.sigmoid_value(x)
+
+
 def once(pattern, replacement):
     """The first place where the pattern is found."""
     return lambda text: re.sub(pattern, replacement, text, count=1, flags=re.S)

@@ -12,7 +12,8 @@ arithmetic.py    floating point, rounded once, and how wrong the approximate ins
 `pytest --kernels=ptx` runs the test suite this way. What a GPU would get wrong, or what is not known here, raises `PtxError`,
 which names the kernel, the instruction, the thread and the tensor: an access out of bounds or off its alignment, a read of
 memory that nobody has written, two threads that write different values to one place, a read of what another thread writes,
-a barrier or a shuffle that not all of its threads reach, an output never written, an unknown instruction.
+a barrier or a shuffle that not all of its threads reach, an output never written, a kernel that was unloaded, an unknown
+instruction.
 
 What it does not show: an access past one tensor that lands in another one of the same launch; lanes of one warp that exchange
 values through memory without a barrier; products and sums that ptxas fuses although the PTX has them apart

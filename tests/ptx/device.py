@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from .arithmetic import EXACT
 from .machine import launch
 from .memory import Operand
-from .program import Program, parse
+from .program import Program, PtxError, parse
 
 # Outputs that a kernel also reads: it adds to what is there.
 READ_TOO = frozenset((("add_to_totals_kernel", "outputs[0]"),))
@@ -64,7 +64,12 @@ class _Utils:
         handle = len(self.device.texts)
         self.device.texts.append((name, binary.decode()))
         n_registers, n_spills, max_threads = 32, 0, 1024
-        return object(), handle, n_registers, n_spills, max_threads
+        return handle, handle, n_registers, n_spills, max_threads  # a module holds one function, and has its number
+
+    def unload_module(self, module):
+        """Triton 3.8 and newer unload a compilation that nothing refers to, and its function with it."""
+        name, _ = self.device.texts[module]
+        self.device.texts[module] = name, None
 
 
 class Device(CudaDriver):
@@ -81,7 +86,7 @@ class Device(CudaDriver):
         self.arch = arch
         self.utils = _Utils(self)
         self.launcher_cls = functools.partial(_Launch, self)
-        self.texts: list[tuple[str, str]] = []  # name and PTX, by handle
+        self.texts: list[tuple[str, str | None]] = []  # name and PTX, by handle; no PTX once it is unloaded
         self.programs: dict[str, Program] = {}  # by PTX
         self.tensors: list[tuple] = []  # inputs and outputs of the launches under way
         self.model = EXACT
@@ -134,6 +139,8 @@ class _Launch:
         assert grid_y == grid_z == 1
         device = self.device
         name, text = device.texts[function]
+        if text is None:
+            raise PtxError(f"{name} is launched after it was unloaded")
         if device.rewrite is not None:
             text = device.rewrite(name, text)
         program = device.program(text)
