@@ -141,7 +141,7 @@ ONE_WARP = """
 	ret;
 }}
 """
-INF, NAN, LANES = 0x7F800000, 0x7FC00000, list(range(32))
+INF, NAN, LANES = 0x7F800000, 0x7FFFFFFF, list(range(32))
 
 
 def bits_of(number):
@@ -162,7 +162,9 @@ INSTRUCTIONS = [
     ("redux.sync.add.s32 %r4, %r2, -1;", LANES, [0], [sum(LANES)] * 32),
     *on_floats("min.f32 %r4, %r2, %r3;", (0.0, -0.0, -0.0), (-0.0, 0.0, -0.0), (np.nan, 1.0, 1.0), (-np.inf, 1.0, -np.inf)),
     *on_floats("max.f32 %r4, %r2, %r3;", (0.0, -0.0, 0.0), (-0.0, -0.0, -0.0), (1.0, np.nan, 1.0)),
-    ("min.NaN.f32 %r4, %r2, %r3;", [NAN], [bits_of(1)], [NAN]),
+    ("min.NaN.f32 %r4, %r2, %r3;", [0xFFC00001], [bits_of(1)], [NAN]),
+    ("add.f32 %r4, %r2, %r3;", [0xFFC00001], [0x7FC00002], [NAN]),
+    ("sub.f32 %r4, %r2, %r3;", [INF], [INF], [NAN]),
     *on_floats("add.f32 %r4, %r2, %r3;", (-0.0, -0.0, -0.0), (1.0, 2.0**-24, 1.0), (3e38, 3e38, np.inf)),
     *on_floats("add.ftz.f32 %r4, %r2, %r3;", (1e-40, 1e-40, 0.0), (-1e-40, -0.0, -0.0), (2e-38, -1.5e-38, 0.0)),
     *on_floats("mul.f32 %r4, %r2, %r3;", (1e-20, 1e-20, 1e-40), (-0.0, 2.0, -0.0)),

@@ -91,6 +91,17 @@ MODELS = {
 # --- exact operations -------------------------------------------------------------------------------------------------
 
 
+# CUDA C++ Programming Guide, "Floating-Point Standard". x86 hands on the first NaN that it is given, with its sign.
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
+def canonical(x):
+    """The one NaN that operations on fp32 give, in place of any."""
+    if x.dtype != np.float32 or not (unordered := np.isnan(x)).any():
+        return x
+    return np.where(unordered, NAN, x)
+
+
 def flush(x):
     """What .ftz does: subnormal numbers to a zero of their sign."""
     magnitude, tiny = np.abs(x), np.finfo(x.dtype).tiny

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import flush, fma32, fma64, from_bf16, saturate, to_bf16, to_f16
+from .arithmetic import canonical, flush, fma32, fma64, from_bf16, saturate, to_bf16, to_f16
 from .memory import UNSIGNED, Fault
 from .program import Program, PtxError
 
@@ -323,8 +323,8 @@ def _arithmetic(instruction, operation, *operands):
 
 def _float_operation(instruction, operation, *operands):
     if instruction.has("ftz"):
-        return _saturated(instruction, flush(operation(*map(flush, operands))))
-    return _saturated(instruction, operation(*operands))
+        return _saturated(instruction, canonical(flush(operation(*map(flush, operands)))))
+    return _saturated(instruction, canonical(operation(*operands)))
 
 
 def _saturated(instruction, result):
@@ -503,7 +503,7 @@ def _extreme(instruction, a, b):
     negative = np.signbit(a) | np.signbit(b) if is_min else np.signbit(a) & np.signbit(b)
     result = np.where((a == 0) & (b == 0), np.where(negative, a.dtype.type(-0.0), a.dtype.type(0.0)), result)
     if instruction.has("NaN"):
-        result = np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), result)
+        result = canonical(np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), result))
     return result
 
 
