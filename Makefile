@@ -68,11 +68,9 @@ OUT ?= runs/gpu
 gpu:
 	$(PYTHON) -m benchmarks gpu --out $(OUT) $(ARGS)
 
-# Compiling all modules ahead would take as long as the rest of the install: Python compiles those that are imported.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
-		--editable ".[train,test,bench,docs]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench,docs]"
 	touch $@
 
 $(VENV)-models/installed: constraints-models.txt
