@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ON_THIS_MACHINE = ("accuracy", "code", "counts", "graphs", "host", "imports", "intercept", "watch", "pairs", "shards", "speed")
-MEASUREMENTS = (*ON_THIS_MACHINE, "tune", "gpu", "models", "mutants", "soak", "versions")
+MEASUREMENTS = (*ON_THIS_MACHINE, "threshold", "tune", "gpu", "models", "mutants", "soak", "versions")
 # Each part is a module with a `main`; the first line of its docstring says here what it is.
 PARTS = {
     **{name: f"benchmarks.measure.{name}" for name in MEASUREMENTS},

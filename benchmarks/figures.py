@@ -8,9 +8,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
@@ -18,16 +16,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import train
+from . import gpu_tables, train
 from .measure import record, soak, speed
 from .measure import versions as tested_versions
 from .measure.operators import ORDERS, operators
+from .tables import Table, pivot, source, where
 from .training import boundary, vanishing
 
 STYLES = {"torch": "-", "torch.compile": ":", "ours, output": "--", "ours, input": "-.", "naive Triton": (0, (1, 3))}
 DTYPES = ("fp32", "bf16", "fp16")
 # The dtypes and sizes at which the page shows the gates' and losses' times; SigLIP's are 256 and 1024 pairs, on a GPU 4096.
-SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24),)
+SHOWN_ON_CPU, SHOWN_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 20)), (("bf16", 1 << 24), ("bf16", 1 << 26))
 SHOWN_OF_SIGLIP_ON_CPU, SHOWN_OF_SIGLIP_ON_GPU = (("fp32", 1 << 16), ("fp32", 1 << 18)), (("bf16", 1 << 20),)
 # At which size the page shows our times eager, compiled and exported, and what compiled training may take of torch's time.
 SHOWN_OF_WAYS, TARGET_COMPILED = 1 << 20, 1.10
@@ -77,7 +76,7 @@ def draw_speed(speed, folder):
         for provider in dict.fromkeys(row["provider"] for row in chosen):
             own = [row for row in chosen if row["provider"] == provider]
             values = [row["GB/s"] if gpu else row.get("time / torch") or 1.0 for row in own]
-            panel.plot([row["n"] for row in own], values, STYLES.get(provider, "-"), marker=".", label=provider)
+            panel.plot([row["n"] for row in own], values, linestyle=STYLES.get(provider, "-"), marker=".", label=provider)
         if gpu:
             limit = {row["n"]: row["GB/s"] / row["of a copy"] for row in chosen if row.get("of a copy")}
             panel.plot(limit.keys(), limit.values(), color="grey", linewidth=0.8, label="device-to-device copy")
@@ -129,45 +128,6 @@ def draw_host(host, folder):
         panel.set(xlabel=f"µs a {what}, forward and backward", title=dtype)
     figure.suptitle(host["environment"]["device"])
     record.save_figure(figure, folder / "host.png")
-
-
-class Table(NamedTuple):
-    """A table of the page: `row` is a format string for each of `lines`, which are made from a file of results.
-
-    `caption` is a format string over the results and `source`, which names machine, versions, date and file. The first
-    `n_labels` columns are text.
-    """
-
-    file: str
-    header: str
-    row: str
-    caption: str = "Measured on {source}"
-    lines: Callable[[dict], list[dict]] = lambda results: results["rows"]
-    n_labels: int = 1
-
-    def write(self, results: dict, folder: Path) -> str:
-        cells = [self.row.format_map(line).split(" | ") for line in self.lines(results)]
-        table = record.markdown(self.header.split(" | "), cells, self.n_labels)
-        return f"{table}\n\n{self.caption.format(**results, source=source(folder, self.file.rpartition('/')[2], results))}"
-
-
-def source(folder: Path, name: str, results: dict) -> str:
-    about = results["environment"]
-    versions = [f"{label} {about[key]}" for key, label in (("torch", "torch"), ("triton", "Triton")) if about.get(key)]
-    link = (folder / f"{name}.csv").relative_to(record.RESULTS).as_posix()
-    return f"{', '.join([about['device'], *versions, about['date']])}; [the numbers](results/{link})."
-
-
-def where(results: dict, **wanted) -> list[dict]:
-    return [row for row in results["rows"] if all(row[key] == value for key, value in wanted.items())]
-
-
-def pivot(rows: list[dict], line: str, *columns: str) -> list[dict]:
-    """One mapping for each value of `line`, with its rows under the values of `columns`, joined by a space."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(row[line], {line: row[line]})[" ".join(row[column] for column in columns)] = row
-    return list(lines.values())
 
 
 def percent(value: float) -> str:
@@ -496,7 +456,7 @@ def operators_table(cpu: Path, gpus: list[Path]) -> str:
             yield line | {"formula": operators()[name].written, "times": " | ".join([on_cpu, *on_gpus])}
 
     launched, launched_by_ours = (" / ".join(f"{{{who}[{order}]}}" for order in ORDERS) for who in ("torch", "ours"))
-    on_gpus = [f"{device}, time ÷ torch's, bf16, 2²⁴ elements" for device in measured.values()] or ["GPU, time ÷ torch's"]
+    on_gpus = [f"{device}, time ÷ torch's, bf16, 2²⁴ / 2²⁶ elements" for device in measured.values()] or ["GPU, time ÷ torch's"]
     table = Table(
         "cpu/counts",
         "operator | formula | kernels forward / backward / double backward, torch → ours "
@@ -514,16 +474,6 @@ def operators_table(cpu: Path, gpus: list[Path]) -> str:
     return table.write(record.read(cpu, "counts"), cpu)
 
 
-def gpu_tables(gpus: list[Path]) -> str:
-    """The speed on each GPU that has been measured."""
-    tables = [
-        f"{speed_table(results, folder)}\n\n![time over size](results/{folder.name}/speed.png)"
-        for folder in gpus
-        if (results := record.read(folder, "speed"))
-    ]
-    return "\n\n".join(tables) or "Not measured yet: no GPU has run the suite."
-
-
 def update_page(name: str, text: str) -> None:
     """Replace what stands between the markers of `name`."""
     begin, end = f"<!-- {name}: written by `make figures` -->", f"<!-- end of {name} -->"
@@ -534,10 +484,10 @@ def update_page(name: str, text: str) -> None:
     record.README.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content))
 
 
-# What is drawn from each file of results; a drawing gets the results and the folder for the figure.
+# What is drawn from each file of results; a drawing gets the results and the folder for the figure. Of a GPU, its speed alone.
 DRAWINGS = {
-    "accuracy": (draw_errors, draw_sigmoid),
     "speed": (draw_speed,),
+    "accuracy": (draw_errors, draw_sigmoid),
     "ways": (draw_ways,),
     "host": (draw_host,),
     "vanishing": (vanishing.draw_all,),
@@ -551,19 +501,19 @@ def main(argv=None) -> int:
         prog="python -m benchmarks figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
     folders = sorted(path for path in record.RESULTS.iterdir() if path.is_dir())
+    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code", "models")]
     for folder in folders:
         for name, drawings in DRAWINGS.items():
-            if results := record.read(folder, name):
+            if (folder not in gpus or name == "speed") and (results := record.read(folder, name)):
                 for draw in drawings:
                     draw(results, (folder / name).parent)
     for name, table in TABLES.items():
         folder, _, file = table.file.rpartition("/")
         if results := record.read(record.RESULTS / folder, file):
             update_page(name, table.write(results, record.RESULTS / folder))
-    cpu, gpus = record.RESULTS / "cpu", [folder for folder in folders if folder.name not in ("cpu", "code", "models")]
     if results := record.read(cpu, "speed"):
         update_page("speed", speed_table(results, cpu))
-    update_page("gpu", gpu_tables(gpus))
+    update_page("gpu", gpu_tables.write(gpus))
     update_page("operators", operators_table(cpu, gpus))
     print(f"wrote the tables of {record.README}")
     return 0

@@ -197,6 +197,24 @@ def test_another_packages_operator_may_overwrite_its_own_operands_only():
     assert torch.equal(buffers[0][0][0], before)
 
 
+def test_a_compiled_backward_may_be_repeated(monkeypatch, tmp_path):
+    """On a GPU, Inductor's backward of a mean writes over what forward has kept, unless it is told not to."""
+    from torch._functorch import config
+
+    assert config.donated_buffer
+    seen = set()
+
+    def function(x):
+        seen.add(config.donated_buffer)
+        return torch.sigmoid(x)
+
+    monkeypatch.setattr(speed, "chosen", lambda names: {"sigmoid": sigmoid_row(torch=function)})
+    monkeypatch.setitem(speed.PLANS, ("sigmoid", "cpu"), speed.Plan((torch.float32,), (1024,)))
+    assert speed.main(["--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert seen == {False}
+    assert config.donated_buffer
+
+
 def test_speed_writes_a_row_for_each_provider_and_mode(monkeypatch, tmp_path):
     monkeypatch.setitem(speed.PLANS, ("sigmoid", "cpu"), speed.Plan((torch.float32,), (64, 1000)))
     assert speed.main(["--device", "cpu", "--operators", "sigmoid", "--rounds", "3", "--out", str(tmp_path)]) == 0
@@ -338,8 +356,8 @@ def test_the_table_of_operators_takes_what_is_measured(tmp_path, monkeypatch):
     record.write(cpu, "gates", [row | {"dtype": "fp32", "n": 1 << 20, "time / torch": 1.5}], about)
     record.write(gpu, "gates", [row | {"dtype": "bf16", "n": 1 << 24, "time / torch": 0.5}], about | {"device": "A GPU"})
     table = figures.operators_table(cpu, [gpu])
-    assert "| 3 → 3 | not measured yet / 1.50 | 0.50 |" in table
-    assert "A GPU, time ÷ torch's, bf16, 2²⁴ elements" in table
+    assert "| 3 → 3 | not measured yet / 1.50 | 0.50 / not measured yet |" in table
+    assert "A GPU, time ÷ torch's, bf16, 2²⁴ / 2²⁶ elements" in table
 
 
 def run_ways(tmp_path, *options):
@@ -517,7 +535,7 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("part", ["gpu", "tune", "speed"])
+@pytest.mark.parametrize("part", ["gpu", "threshold", "tune", "speed"])
 def test_a_part_that_needs_a_gpu_says_so_and_is_no_failure(part, tmp_path, capsys):
     module = importlib.import_module(f"benchmarks.measure.{part}")
     arguments = ["--device", "cuda"] if part == "speed" else []
@@ -558,13 +576,20 @@ def test_memory_is_that_of_every_operator(monkeypatch):
 def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
     accuracy = pytest.importorskip("benchmarks.measure.accuracy")
     monkeypatch.setattr(accuracy, "DTYPES", (dtype,))
-    monkeypatch.setattr(accuracy.torch_sigmoid, "sigmoid", torch.sigmoid)
-    (row,) = accuracy.exhaustive(CPU)
-    assert row["inputs"] == 65536
-    assert row["bits not torch's"] == 0
-    assert row["ulp of the gradient"] <= 1
-    monkeypatch.setattr(accuracy.torch_sigmoid, "sigmoid", lambda x: torch.where(x == 1, 0.75, torch.sigmoid(x)))
-    (row,) = accuracy.exhaustive(CPU)
+
+    def compared(function):
+        subject = accuracy.SUBJECTS["sigmoid"]._replace(ours=function)
+        monkeypatch.setitem(accuracy.SUBJECTS, "sigmoid", subject)
+        return accuracy.exhaustive(CPU)
+
+    rows = compared(torch_sigmoid.sigmoid)
+    assert [row["operator"] for row in rows] == ["sigmoid", "silu", "logsigmoid"]
+    for row in rows:
+        assert row["inputs"] == 65536
+        assert 0.49 < row["ulp of ours"] <= 1
+    assert rows[0]["bits not torch's"] == 0
+    assert all(row["ulp of the gradient"] <= 1 for row in rows[1:])
+    row, *_ = compared(lambda x: torch.where(x == 1, 0.75, torch.sigmoid(x)))
     assert (row["bits not torch's"], row["first at"]) == (1, 1.0)
     assert row["ulp of ours"] > 1
 

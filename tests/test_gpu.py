@@ -65,7 +65,7 @@ def test_both_sides_of_the_threshold_have_the_same_bits(dtype):
     x = random((5000,), dtype, "cuda").requires_grad_()
     grad, outer = random((5000,), dtype, "cuda", seed=1), random((5000,), dtype, "cuda", seed=2)
     results = []
-    for below in (0, 2**22):
+    for below in (0, 2**26):
         torch_sigmoid.torch_below(below)
         try:
             y = torch_sigmoid.sigmoid(x)
@@ -164,13 +164,23 @@ def kernels_of(call):
     """The names of the kernels that a second call launches."""
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # Without acc_events torch warns, once in a process, which as an error leaves the profiler half started.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
     return [event.name for event in events if not event.name.startswith(("Memcpy", "Memset"))]
 
 
+@pytest.fixture
+def profiler():
+    """Some machines' profilers see no kernel, torch's neither: https://github.com/pytorch/pytorch/issues/192021."""
+    x = torch.zeros(1, device="cuda")
+    if len(kernels_of(x.neg)) != 1:
+        pytest.skip("torch's profiler records no kernel of torch's own here")
+
+
+@pytest.mark.usefixtures("profiler")
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("function", [torch_sigmoid.binary_cross_entropy_with_logits, torch_sigmoid.sigmoid_focal_loss])
 def test_a_loss_is_one_pass_in_each_direction_and_never_synchronises(function, reduction):
@@ -211,6 +221,7 @@ def test_siglip_never_holds_the_matrix_and_never_synchronises():
         torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.usefixtures("profiler")
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [

@@ -106,6 +106,7 @@ def test_a_watch_that_is_dropped_leaves_no_hook_behind():
     assert len(_global_optimizer_post_hooks) == before
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # torch's, of the first product in each thread
 def test_replicas_of_data_parallel_are_watched_from_their_threads(device):
     model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid()).to(device)
     x = torch.randn(8, 32, 8, device=device)

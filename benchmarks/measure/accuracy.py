@@ -2,17 +2,21 @@
 
 The truth is σ' = e/(1+e)², e = e^-|x|, computed in float64, where nothing in it cancels. The gradients are compared with it at
 every finite 16-bit input, and on a grid of fp32 inputs, wherever the true derivative is a normal number of the dtype. On a GPU
-every fp16, bf16 and fp32 input is visited, 2³² of them: a forward value whose bits are not torch's is a failure (N1 of
-kernels/README.md), and the worst errors in ulp are recorded.
+every fp16, bf16 and fp32 input is visited, 2³² of them, by sigmoid, silu and logsigmoid: a σ whose bits are not torch's is a
+failure (N1 of kernels/README.md), and the worst errors in ulp are recorded, those of silu's derivative in ulp of its terms. So
+are those of CUDA's exp, exp2 and log.
 
 Writes accuracy.csv and .json, and on a GPU exhaustive.csv and .json. Takes a few seconds, and a few minutes on a GPU.
 """
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import torch_sigmoid
 
@@ -30,6 +34,8 @@ AT = {torch.bfloat16: (4.0, 5.0, 6.0, 8.0), torch.float16: (4.0, 6.0, 8.0, 9.0),
 CHUNK = 1 << 26
 # Further out e^-|x| is subnormal in fp32, and N3 promises nothing.
 FP32_REACH = 87.0
+# Below it a product with the residual of a quotient is subnormal, in an operator that multiplies by more than σ.
+GATES, FP32_GATES_LEAST = ("silu", "logsigmoid"), 2.0**-119
 
 
 def inputs(dtype):
@@ -113,43 +119,91 @@ def patterns_16_bit(dtype, device):
     return torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
 
 
-def ulps(actual, exact):
-    """Errors in ulps of the exact value, in the dtype of `actual`."""
+def ulps(actual, exact, scale):
+    """Errors in ulps of `scale`, in the dtype of `actual`."""
     info = torch.finfo(actual.dtype)
-    exponent = torch.floor(torch.log2(exact.abs().clamp(min=info.smallest_normal)))
+    exponent = torch.floor(torch.log2(scale.abs().clamp(min=info.smallest_normal)))
     return (actual.double() - exact).abs() / (torch.exp2(exponent) * info.eps)
 
 
-def exhaustive(device):
-    """A row for each dtype, over all its bit patterns: forward values that differ from torch's, and the worst errors."""
-    rows = []
-    for dtype in DTYPES:
-        chunks = fp32_patterns(device) if dtype is torch.float32 else [patterns_16_bit(dtype, device)]
-        total = 2**32 // CHUNK if dtype is torch.float32 else 1
-        integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-        row = dict.fromkeys(("inputs", "bits not torch's", "first at", "ulp of torch", "ulp of ours", "ulp of the gradient"), 0)
-        row["first at"] = None
-        for x, _ in zip(chunks, record.progress(range(total), f"every {record.short(dtype)}")):
-            ours, theirs = torch_sigmoid.sigmoid(x), torch.sigmoid(x)
-            differ = (ours.view(integers) != theirs.view(integers)) & ~(ours.isnan() & theirs.isnan())
-            row["inputs"] += x.numel()
-            row["bits not torch's"] += int(differ.sum())
+class Subject(NamedTuple):
+    """What is compared over every input: our function, torch's; and in float64 value, derivative and the size of its terms."""
+
+    ours: Callable | None
+    theirs: Callable
+    value: Callable
+    slope: Callable | None = None
+    terms: Callable | None = None
+
+
+def silu_slope(x, sign=1):
+    """silu'; with a sign that makes the second term positive, the size of its terms."""
+    return torch.sigmoid(x) * (1 + sign * x * torch.sigmoid(-x))
+
+
+# The last three are those of CUDA: what our bounds in fp32 are derived from (tests/bounds.py).
+SUBJECTS = {
+    "sigmoid": Subject(PROVIDERS['ours, save="input"'], torch.sigmoid, torch.sigmoid, true_derivative, true_derivative),
+    "silu": Subject(
+        torch_sigmoid.silu, F.silu, lambda x: x * torch.sigmoid(x), silu_slope, lambda x: silu_slope(x, torch.sign(x))
+    ),
+    "logsigmoid": Subject(
+        torch_sigmoid.logsigmoid,
+        F.logsigmoid,
+        lambda x: x.clamp(max=0) - torch.exp(-x.abs()).log1p(),
+        lambda x: torch.sigmoid(-x),
+        lambda x: torch.sigmoid(-x),
+    ),
+    "exp": Subject(None, torch.exp, torch.exp),
+    "exp2": Subject(None, torch.exp2, torch.exp2),
+    "log": Subject(None, torch.log, torch.log),
+}
+COMPARED = ("inputs", "bits not torch's", "first at", "ulp of torch", "ulp of ours", "ulp of the gradient")
+
+
+def differing(actual, expected):
+    """Where the bits differ, but for NaN."""
+    integers = {2: torch.int16, 4: torch.int32}[actual.dtype.itemsize]
+    return (actual.view(integers) != expected.view(integers)) & ~(actual.isnan() & expected.isnan())
+
+
+def compare(name, subject, x, row):
+    """Count in `row` what these inputs show."""
+    wide, theirs = x.double(), subject.theirs(x)
+    row["inputs"] += x.numel()
+    least, most = torch.finfo(x.dtype).smallest_normal, torch.finfo(x.dtype).max
+    if name in GATES and x.dtype is torch.float32:
+        least = FP32_GATES_LEAST
+    value = subject.value(wide)
+    counted = x.isfinite() & (value.abs() >= least) & (value.abs() <= most)
+    errors = [("ulp of torch", theirs, value, value, counted)]
+    if subject.ours:
+        ours = subject.ours(x)
+        terms = subject.terms(wide)
+        sloping = x.isfinite() & (terms >= least) & (x.abs() < FP32_REACH)
+        errors.append(("ulp of ours", ours, value, value, counted))
+        errors.append(("ulp of the gradient", gradient(subject.ours, x), subject.slope(wide), terms, sloping))
+        if name == "sigmoid":
+            differ = differing(ours, theirs)
+            row["bits not torch's"] = (row["bits not torch's"] or 0) + int(differ.sum())
             if row["first at"] is None and bool(differ.any()):
                 row["first at"] = x[differ][0].item()
-            finite = x.isfinite()
-            exact = torch.sigmoid(x.double())
-            normal = finite & (exact >= torch.finfo(dtype).smallest_normal)
-            derivative = true_derivative(x)
-            counted = finite & (derivative >= torch.finfo(dtype).smallest_normal) & (x.abs() < FP32_REACH)
-            slopes = gradient(PROVIDERS['ours, save="input"'], x)
-            for name, actual, truth, mask in (
-                ("ulp of torch", theirs, exact, normal),
-                ("ulp of ours", ours, exact, normal),
-                ("ulp of the gradient", slopes, derivative, counted),
-            ):
-                if bool(mask.any()):
-                    row[name] = max(row[name], round(ulps(actual, truth)[mask].max().item(), 4))
-        rows.append({"dtype": record.short(dtype)} | row)
+    for column, actual, exact, scale, mask in errors:
+        if bool(mask.any()):
+            row[column] = max(row[column] or 0, round(ulps(actual, exact, scale)[mask].max().item(), 4))
+
+
+def exhaustive(device):
+    """A row for each subject and dtype, over all its bit patterns: values that differ from torch's, and the worst errors."""
+    rows = []
+    for name, subject in SUBJECTS.items():
+        for dtype in DTYPES if subject.ours else [dtype for dtype in DTYPES if dtype is torch.float32]:
+            chunks = fp32_patterns(device) if dtype is torch.float32 else [patterns_16_bit(dtype, device)]
+            total = 2**32 // CHUNK if dtype is torch.float32 else 1
+            row = dict.fromkeys(COMPARED) | {"inputs": 0}
+            for x, _ in zip(chunks, record.progress(range(total), f"{name} of every {record.short(dtype)}")):
+                compare(name, subject, x, row)
+            rows.append({"operator": name, "dtype": record.short(dtype)} | row)
     return rows
 
 
@@ -170,7 +224,7 @@ def main(argv=None) -> int:
     record.write(folder, "exhaustive", rows, about)
     record.show(f"Every input, on {record.device_name(device)}", rows)
     for row in rows:
-        if count := row["bits not torch's"]:
+        if count := row["bits not torch's"]:  # of sigmoid
             print(f"accuracy: FAILED, N1: {count} values of {row['dtype']} differ from torch's")
             status = 1
     return status

@@ -72,6 +72,13 @@ def output_of(command: list[str]) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """HEAD, "with changes" if a Python file differs from it or is new; None without git."""
+    head = output_of(["git", "rev-parse", "--short", "HEAD"])
+    changed = output_of(["git", "status", "--porcelain", "--", "*.py"])
+    return f"{head} with changes" if head and changed else head
+
+
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """What a reader must know to judge the numbers beside it: device, versions, date and commit."""
     try:
@@ -92,7 +99,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch_sigmoid": torch_sigmoid.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": output_of(["git", "rev-parse", "--short", "HEAD"]),
+        "commit": commit(),
     }
 
 

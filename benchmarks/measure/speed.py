@@ -23,6 +23,7 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 
 from . import record
 from .operators import TOLERANCE, chosen, differentiable, operators
@@ -301,6 +302,8 @@ def copy_rate_of(buffers, device, rounds):
     return 2 * sources[0].nbytes / record.quantiles(samples)[0] / 1e9
 
 
+# A compiled backward that writes over what forward has kept could not be repeated.
+@functorch_config.patch(donated_buffer=False)
 def run(device, selection, rounds, seconds):
     """All rows, and the cases that would have begun after `seconds`."""
     rows, skipped, end = [], [], time.monotonic() + seconds
