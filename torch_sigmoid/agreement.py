@@ -9,7 +9,7 @@ import torch_sigmoid
 from .operators import OPERATORS, Row, exact_sigmoid_slope
 
 # Largest errors in ulp of the exact value: one rounding in 16 bit, the arithmetic of exp, sum and quotient in fp32 and fp64.
-ALLOWED_ULP = {torch.float64: 8, torch.float32: 5, torch.float16: 1, torch.bfloat16: 1}
+ALLOWED_ULP = {torch.float64: 8, torch.float32: 6, torch.float16: 1, torch.bfloat16: 1}
 # The interpreter truncates to bf16 where a GPU rounds.
 INTERPRETER_ULP = 0.5
 
