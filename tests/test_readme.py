@@ -13,13 +13,14 @@ from torch_sigmoid.operators import OPERATORS
 
 README = ROOT.joinpath("README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+H100 = RESULTS.parent / "NVIDIA-H100-80GB-HBM3"
 USE, LLAMA, RECIPE_LINES, WATCH = blocks("README.md")
 # A sentence is found whatever its line breaks.
 TEXT = " ".join(README.split())
 
 
-def rows(name):
-    with open(RESULTS / f"{name}.csv", newline="") as file:
+def rows(name, folder=RESULTS):
+    with open(folder / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -28,7 +29,24 @@ def test_it_takes_two_minutes():
 
 
 def test_what_a_gpu_has_measured_stands_on_the_first_screen():
-    assert "**An H100 has measured sigmoid alone**" in "\n".join(README.splitlines()[:20])
+    first_screen = " ".join("\n".join(README.splitlines()[:20]).split())
+    about = json.loads((H100 / "exhaustive.json").read_text())["environment"]
+    assert f"(torch {'.'.join(about['torch'].split('.')[:2])}) every fp32, fp16 and bf16 σ has torch's bits" in first_screen
+    sigmoids = [row for row in rows("exhaustive", H100) if row["operator"] == "sigmoid"]
+    assert {row["dtype"]: int(row["bits not torch's"]) for row in sigmoids} == {"fp32": 0, "fp16": 0, "bf16": 0}
+
+    def ours(name, **where):
+        chosen = [row for row in rows(name, H100) if row["provider"].startswith("ours")]
+        return [row for row in chosen if all(row[key] == value for key, value in where.items())]
+
+    times = {int(row["n"]): [] for row in ours("speed", layout="dense")}
+    for row in ours("speed", layout="dense"):
+        times[int(row["n"])].append(float(row["time / torch"]))
+    assert max(max(times[n]) for n in times if n >= 1 << 26) < 1.02
+    most = max(max(times[n]) for n in times if n < 1 << 26)
+    assert f"torch's time from 2²⁶ elements on, and up to {most:.1f} times as long below" in first_screen
+    gates = [float(row["time / torch"]) for row in ours("gates", mode="both", n=str(1 << 26))]
+    assert f"gates take {min(gates):.1f} to {max(gates):.1f} times as long from there on" in first_screen
 
 
 def test_the_lines_of_use_run():
