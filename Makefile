@@ -70,7 +70,9 @@ gpu:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench,docs]"
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[train,test,bench,docs]"
+	@# On all cores, where pip takes one; what is meant for another Python does not compile.
+	@$(RUN) -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true
 	touch $@
 
 $(VENV)-models/installed: constraints-models.txt

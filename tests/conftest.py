@@ -6,6 +6,7 @@ run must launch one, unless it is marked `launches_nothing`, and so must a whole
 show nothing.
 """
 
+import collections
 import importlib.util
 import os
 
@@ -49,6 +50,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "launches_nothing(reason): has a device, but runs no kernel on it")
+    config.addinivalue_line(
+        "markers", "latin_square: a third of its cases is executed as machine code, which compiles for long"
+    )
     config.addinivalue_line("markers", "ways(*names): where it runs besides `device`; without it, everywhere")
     way = config.getoption("kernels")
     if os.environ.get("TRITON_INTERPRET") == "1" and way != "interpreter":
@@ -140,11 +144,28 @@ def has_its_place(item, way):
     return (chosen is None or way in chosen.args) and ("device" in item.fixturenames or "kernels" in item.fixturenames)
 
 
+class LatinSquare:
+    """Which cases of a test make a Latin square: a third, in which each value of a parameter meets some of every other."""
+
+    def __init__(self):
+        self.places = collections.defaultdict(dict)
+
+    def __contains__(self, item):
+        total = 0
+        for name, value in item.callspec.params.items():
+            of_values = self.places[item.function, name]
+            total += of_values.setdefault(repr(value), len(of_values))
+        return total % 3 == 0
+
+
 def pytest_collection_modifyitems(config, items):
     """Each test runs in the ways in which it shows something, the longest first."""
-    kept, elsewhere = [], []
+    kept, elsewhere, square = [], [], LatinSquare()
     for item in items:
-        (kept if has_its_place(item, config.kernels.way) else elsewhere).append(item)
+        shown = has_its_place(item, config.kernels.way)
+        if shown and config.kernels.way == "ptx" and item.get_closest_marker("latin_square"):
+            shown = item in square
+        (kept if shown else elsewhere).append(item)
         for way in WAYS[1:]:
             if way not in SLOW_TO_IMPORT.get(item.path.name, WAYS) and has_its_place(item, way):
                 raise pytest.UsageError(f"{item.nodeid} is skipped with --kernels={way}: mark it, or correct SLOW_TO_IMPORT")

@@ -491,10 +491,12 @@ def test_a_leak_is_noticed(count, monkeypatch, tmp_path, capsys):
     left, numbers = [], itertools.count()
     monkeypatch.setattr(soak, "calls", lambda: {"leaks": lambda variant: left.append(LEAKS[count](next(numbers)))})
     monkeypatch.setattr(soak, "measure_on_stub", lambda *arguments: [])
-    (row,) = soak.measure("CPU", 200)
-    assert soak.growth(row)[count] > soak.ALLOWED[count]
+    if count != "objects":
+        (row,) = soak.measure("CPU", 200)
+        assert soak.growth(row)[count] > soak.ALLOWED[count]
+        return
     assert soak.main(["--calls", "200", "--out", str(tmp_path)]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert "FAILED: more than the allowed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -591,7 +593,9 @@ def test_the_exhaustive_comparison_finds_a_wrong_bit(dtype, monkeypatch):
     assert all(row["ulp of the gradient"] <= 1 for row in rows[1:])
     row, *_ = compared(lambda x: torch.where(x == 1, 0.75, torch.sigmoid(x)))
     assert (row["bits not torch's"], row["first at"]) == (1, 1.0)
-    assert row["ulp of ours"] > 1
+    assert 1 < row["ulp of ours"] < math.inf
+    row, *_ = compared(lambda x: torch.where(x == 1, torch.nan, torch.sigmoid(x)))
+    assert row["ulp of ours"] == math.inf
 
 
 def test_the_pages_figures_and_tables_are_those_of_the_committed_files(monkeypatch, tmp_path):

@@ -568,6 +568,7 @@ BROADCASTS = [
 ]
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize(("shape", "gate_shape"), BROADCASTS, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -639,6 +640,7 @@ def second_derivatives(function, tensors, upstream, outers):
     return value, *grads, *torch.autograd.grad(grads, leaves, outers)
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize(
     ("pattern", "shape"), [(name, shape) for name, shapes in PATTERNS.items() for shape in shapes], ids=str
 )

@@ -19,6 +19,7 @@ def memory_format(tensor):
     return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize("dtype", WITHOUT_FLOAT16_EXECUTED, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.launches_nothing("empty tensors among the layouts")

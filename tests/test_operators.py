@@ -420,6 +420,7 @@ def three_strided_dimensions(tensor):
 LAYOUTS = {function.__name__: function for function in (transposed, sliced, offset_by_one, three_strided_dimensions)}
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [pytest.param(layout, dtype, id=layout) for layout, dtype in zip(LAYOUTS, [torch.bfloat16, torch.float32] * 2)],

@@ -46,7 +46,7 @@ def test_what_a_gpu_has_measured_stands_on_the_first_screen():
     most = max(max(times[n]) for n in times if n < 1 << 26)
     assert f"torch's time from 2²⁶ elements on, and up to {most:.1f} times as long below" in first_screen
     gates = [float(row["time / torch"]) for row in ours("gates", mode="both", n=str(1 << 26))]
-    assert f"gates take {min(gates):.1f} to {max(gates):.1f} times as long from there on" in first_screen
+    assert f"gates take {min(gates):.1f} to {max(gates):.1f} times as long at 2²⁶" in first_screen
 
 
 def test_the_lines_of_use_run():

@@ -22,6 +22,7 @@ EXECUTED = [(shape, torch.bfloat16) for shape in SHAPES]
 EXECUTED += [(shape, dtype) for shape in ("matrix", "images") for dtype in (torch.float32, torch.float64)]
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize("name", layers())
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -54,6 +55,7 @@ def test_statistics_are_those_of_float64(name, dtype, shape, device):
     assert seen(watch)["not_finite"] == 1 + (~grad_input.isfinite()).sum().item()
 
 
+@pytest.mark.latin_square
 @pytest.mark.parametrize("name", layers())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.ways("ptx")

@@ -120,10 +120,10 @@ def patterns_16_bit(dtype, device):
 
 
 def ulps(actual, exact, scale):
-    """Errors in ulps of `scale`, in the dtype of `actual`."""
+    """Errors in ulps of `scale`, in the dtype of `actual`; a NaN is infinitely wrong."""
     info = torch.finfo(actual.dtype)
     exponent = torch.floor(torch.log2(scale.abs().clamp(min=info.smallest_normal)))
-    return (actual.double() - exact).abs() / (torch.exp2(exponent) * info.eps)
+    return ((actual.double() - exact).abs() / (torch.exp2(exponent) * info.eps)).nan_to_num(nan=torch.inf)
 
 
 class Subject(NamedTuple):
