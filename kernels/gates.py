@@ -148,7 +148,7 @@ def broadcast_launchers(function, alpha, limit, offset):
 def gate_forward(a, g, gate):
     """A·h(G) in the shape of a, to which g broadcasts; `gate` is the name of h, ALPHA, LIMIT and OFFSET."""
     output = torch.empty_like(a)
-    gate_launchers(*gate)[0]((a, g.expand_as(a)), (output,))
+    gate_launchers(*gate)[0]((a, g if g.shape == a.shape else g.expand_as(a)), (output,))
     return output
 
 

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .kept import Cache, keep
 from .maths import INTERPRETED
@@ -29,6 +28,11 @@ address_of = getattr(torch.Tensor, "const_data_ptr", torch.Tensor.data_ptr)
 Strides = tuple[int, ...]
 
 
+def ceil_div(size: int, by: int) -> int:
+    """triton.cdiv, which asks for constants of a kernel first, and takes the host longer than a launch."""
+    return -(-size // by)
+
+
 class Walk(NamedTuple):
     """How a kernel walks its tensors, see tiles.py; `strides` holds three a tensor."""
 
@@ -42,7 +46,7 @@ class Walk(NamedTuple):
     def blocks(self) -> tuple[int, int, int]:
         """The number of matrices, and of blocks of rows and of columns in each."""
         n_matrices, n_rows, n_columns = self.sizes
-        return n_matrices or 1, triton.cdiv(n_rows or 1, self.block_rows), triton.cdiv(n_columns, self.block_columns)
+        return n_matrices or 1, ceil_div(n_rows or 1, self.block_rows), ceil_div(n_columns, self.block_columns)
 
     @property
     def tiles(self) -> int:
@@ -86,7 +90,7 @@ def tile_shape(n_rows: int, n_columns: int, transposed: bool = False, narrowed: 
         side = 1 << (elements.bit_length() // 2)
         return elements // side, side
     width = elements // narrowed
-    while n_rows > 1 and width > TAIL_COLUMNS.value and triton.cdiv(n_columns, width) * width * 8 > n_columns * 9:
+    while n_rows > 1 and width > TAIL_COLUMNS.value and ceil_div(n_columns, width) * width * 8 > n_columns * 9:
         width //= 2
     return elements // width, width
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, Walk, coalesce, dense_alike, needs_int64, plan, strides_of, tile_shape, with_gaps
+from .launch import Launcher, Walk, ceil_div, coalesce, dense_alike, needs_int64, plan, strides_of, tile_shape, with_gaps
 from .maths import divided, upcast
 from .pointwise import as_constants, load_all, with_formula
 from .tiles import TAIL_COLUMNS, count_blocks, count_elements, count_tiles, place_of, select_part, store
@@ -287,10 +287,10 @@ def plan_along(shape, strides) -> Along | None:
     walk = Walk((None,) * missing + sizes[missing:], of_each, *tile, needs_int64(shape, strides))
     _, row_blocks, column_blocks = walk.blocks
     n_blocks, others = (column_blocks, row_blocks) if along_columns else (row_blocks, column_blocks)
-    n_steps = triton.cdiv(n_blocks, min(n_blocks, triton.cdiv(ENOUGH_PROGRAMS, others * n_matrices)))
+    n_steps = ceil_div(n_blocks, min(n_blocks, ceil_div(ENOUGH_PROGRAMS, others * n_matrices)))
     summed = (False,) * missing + tuple(summed)
     kept, also = (n_rows, summed[1]) if along_columns else (n_columns, False)
-    return Along(walk, along_columns, n_steps, triton.cdiv(n_blocks, n_steps), (n_matrices, kept), (summed[0], also))
+    return Along(walk, along_columns, n_steps, ceil_div(n_blocks, n_steps), (n_matrices, kept), (summed[0], also))
 
 
 def along(formula, *constants):

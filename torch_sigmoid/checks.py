@@ -50,7 +50,9 @@ def check_bool(caller: str, name: str, value: object) -> None:
 
 
 def check_devices(caller: str, **tensors: Tensor) -> None:
-    if len({tensor.device for tensor in tensors.values()}) > 1:
+    first, *others = tensors.values()
+    device = first.device
+    if any(tensor.device != device for tensor in others):
         found = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"{caller}(): expected tensors on one device, got {found}")
 

@@ -9,6 +9,7 @@ and checks of the public functions, which belong beside their operators.
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -522,12 +523,25 @@ def swiglu_packed(
 def _swiglu_operator(
     caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float, interleaved: bool = False
 ) -> Gated:
+    # Options that came before need no check. torch.compile must not see a cache, and other numbers equal floats, as True does.
+    if not torch.compiler.is_compiling() and {type(alpha), type(up_offset), type(limit)} <= _FLOAT_OR_NONE:
+        return _known_swiglu_operator(caller, dim, alpha, limit, up_offset, interleaved)
+    return _new_swiglu_operator(caller, dim, alpha, limit, up_offset, interleaved)
+
+
+def _new_swiglu_operator(
+    caller: str, dim: int | None, alpha: float, limit: float | None, up_offset: float, interleaved: bool
+) -> Gated:
     check_gate_options(caller, alpha, limit, up_offset)
     alpha, limit, up_offset = constant(alpha), constant(limit), constant(up_offset)
     limit = None if limit is None or limit == math.inf else float(limit)
     if interleaved:
         return Interleaved("silu", alpha=float(alpha), limit=limit, offset=float(up_offset))
     return Gated("silu", dim, True, float(alpha), limit, float(up_offset))
+
+
+_FLOAT_OR_NONE = frozenset((float, type(None)))
+_known_swiglu_operator = lru_cache(maxsize=256)(_new_swiglu_operator)
 
 
 def _swiglu_in_torch(caller: str, gate: Tensor, up: Tensor, operator: Gated) -> Tensor:
