@@ -145,7 +145,7 @@ def has_its_place(item, way):
 
 
 class LatinSquare:
-    """Which cases of a test make a Latin square: a third, in which each value of a parameter meets some of every other."""
+    """A third of a test's cases, in which each value of each parameter comes: those whose places add up to a multiple of 3."""
 
     def __init__(self):
         self.places = collections.defaultdict(dict)

@@ -291,6 +291,23 @@ def test_a_gpus_section_of_gates_and_its_summary(monkeypatch, tmp_path):
     assert "| swiglu | fla | both | bf16 | dense | 16 |  | 0.5 |  |" in lines
 
 
+def test_the_tests_that_a_gpu_ran_are_counted_by_file(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.test_gates" name="test_a"/>
+        <testcase classname="tests.test_gates.TestB" name="test_b"><failure/></testcase>
+        <testcase classname="tests.test_watch" name="test_c"><error/></testcase>
+        <testcase classname="" name="tests.test_types"><skipped/></testcase>
+        </testsuite></testsuites>"""
+    )
+    assert gpu.tests_of([report, report]) == [
+        {"file": "tests/test_gates.py", "passed": 2, "failed": 2, "skipped": 0},
+        {"file": "tests/test_types.py", "passed": 0, "failed": 0, "skipped": 2},
+        {"file": "tests/test_watch.py", "passed": 0, "failed": 2, "skipped": 0},
+    ]
+
+
 def test_counts_are_of_launches_and_of_torch_operators_beside_them():
     x = torch.randn(8, 8)
 

@@ -35,7 +35,7 @@ TARGETS = targets()
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 CUDA_TARGETS = [arch for arch in TARGETS if arch.startswith("sm_")]
 OPERATORS = operators()
-# Of two targets with a number of their own, each gets half of what both would show.
+# Two targets of NVIDIA and two of AMD share what is compiled for them beside sm_90: every other launch, from this one on.
 OTHER_TARGETS = {"sm_80": 0, "sm_100": 1, "gfx90a": 0, "gfx942": 1}
 # float16 differs from bfloat16 in conversions alone, which the tests of the sigmoid kernels and of interleaved pairs see.
 every_dtype_and_target = pytest.mark.parametrize(

@@ -1022,6 +1022,7 @@ BAD = {
         ValueError,
         "up_offset must be finite, got inf",
     ),
+    "alpha True": (lambda: [ts.swiglu_packed(torch.ones(4), alpha=each) for each in (1.0, True)], TypeError, "got bool"),
     "alpha None": (lambda: ts.swiglu_packed(torch.ones(4), alpha=None), TypeError, "alpha must be a number, got NoneType"),
     "a dim beside two tensors": (lambda: ts.swiglu(torch.ones(4), torch.ones(4), 0), TypeError, "positional arguments"),
     "alpha 0": (lambda: ts.swiglu_packed(torch.ones(4), alpha=0.0), ValueError, "alpha must be positive and finite, got 0.0"),
